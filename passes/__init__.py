@@ -1,0 +1,41 @@
+"""The passes that come with fxopt; each lives in the file that has its registry name.
+
+A name is imported when it is first asked for, so that using one pass does not import what another needs.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if __name__ != "fxopt.passes":
+    raise ImportError(
+        f"this folder is the package fxopt.passes, not {__name__}: imported under two names, each pass would be two "
+        "different classes. Install fxopt (pip install -e .) and import from fxopt.passes."
+    )
+
+if TYPE_CHECKING:
+    from fxopt.passes.fold_batch_norm import FoldBatchNorm
+    from fxopt.passes.merge_branches import MergeBranches
+    from fxopt.passes.simplify import Simplify
+
+__all__ = ["DEFAULT", "FoldBatchNorm", "MergeBranches", "Simplify"]
+
+DEFAULT = ("simplify", "fold_batch_norm", "merge_branches")
+"""The pipeline "default": the exact passes. Identities go first, as they hide patterns from the other two."""
+
+_MODULES = {
+    "FoldBatchNorm": "fold_batch_norm",
+    "MergeBranches": "merge_branches",
+    "Simplify": "simplify",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
