@@ -1,0 +1,178 @@
+"""What the command line calls an input: a shape to fill at random, or a file to read.
+
+A shape is `1x3x224x224`, `1x16:int64`, or either with a name before it: `ids=1x16:int64`. A file is a NumPy array
+(.npy, .npz), safetensors, something written by `torch.save` that `weights_only=True` can read, or a picture.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from fxopt.errors import InputError
+
+__all__ = ["InputSpec", "as_example_inputs", "parse_input", "read_image", "read_tensors"]
+
+IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+
+_SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)?(?::(?P<dtype>\w+))?")
+_DTYPES = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "int16": torch.int16,
+    "int8": torch.int8,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputSpec:
+    """An input tensor by shape and element type; `name` is the parameter of `forward`, or None for one by position."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    name: str | None = None
+
+    def random(self, seed: int = 0) -> torch.Tensor:
+        """Standard normal numbers; of integers 0 and 1, which are valid as index, mask and token alike."""
+        generator = torch.Generator().manual_seed(seed)
+        if self.dtype.is_floating_point:
+            return torch.randn(self.shape, generator=generator).to(self.dtype)
+        return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
+
+
+def parse_input(text: str) -> InputSpec:
+    """Reads `[name=]1x3x224x224[:dtype]`.
+
+    >>> parse_input("ids=1x16:int64")
+    InputSpec(shape=(1, 16), dtype=torch.int64, name='ids')
+
+    Raises:
+        InputError: if the text has another form, or the element type is not known.
+    """
+    match = _SPEC.fullmatch(text)
+    if match is None or match["shape"] is None:
+        raise InputError(f"cannot read the input {text!r}: write a shape such as 1x3x224x224 or ids=1x16:int64")
+    dtype = match["dtype"] or "float32"
+    if dtype not in _DTYPES:
+        raise InputError(f"the input {text!r} has an unknown element type; known are {', '.join(_DTYPES)}")
+    shape = tuple(int(size) for size in match["shape"].split("x"))
+    return InputSpec(shape=shape, dtype=_DTYPES[dtype], name=match["name"])
+
+
+def as_example_inputs(specs: Sequence[InputSpec]) -> tuple[torch.Tensor, ...] | dict[str, torch.Tensor]:
+    """Random inputs: a mapping if the specs are named, else a tuple.
+
+    Raises:
+        InputError: if some are named and some are not, or a name comes twice.
+    """
+    names = [spec.name for spec in specs if spec.name is not None]
+    if not names:
+        return tuple(spec.random(seed) for seed, spec in enumerate(specs))
+    if len(names) != len(specs):
+        raise InputError("name every --input, or none")
+    if len(set(names)) != len(names):
+        raise InputError(f"an --input is given twice: {', '.join(names)}")
+    return {name: spec.random(seed) for seed, (name, spec) in enumerate(zip(names, specs, strict=True))}
+
+
+def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
+    """The tensors in a file by name; one without a name has the file's.
+
+    Raises:
+        InputError: if the file is not there, or is not what its suffix says.
+    """
+    if not path.is_file():
+        raise InputError(f"{path} does not exist")
+    try:
+        if path.suffix == ".npy":
+            return {path.stem: _from_array(numpy.load(path, allow_pickle=False))}
+        if path.suffix == ".npz":
+            with numpy.load(path, allow_pickle=False) as arrays:
+                return {name: _from_array(arrays[name]) for name in arrays.files}
+        if path.suffix == ".safetensors":
+            return _read_safetensors(path)
+        return _named(torch.load(path, map_location="cpu", weights_only=True), path)
+    except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+        raise InputError(f"cannot read {path}: {_first_line(error)}") from error
+    except pickle.UnpicklingError as error:
+        raise InputError(f"{path} is no plain tensor file; objects of Python classes are never unpickled") from error
+
+
+def read_image(path: Path, shape: Sequence[int], *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+    """A picture, scaled and cut to its centre: `(pixel / 255 - mean) / std`, float32, (1, 3, height, width).
+
+    Args:
+        path: the picture.
+        shape: the input that it is for, (batch, 3, height, width).
+        mean: per channel, or one for all.
+        std: per channel, or one for all.
+
+    Raises:
+        InputError: if Pillow is missing, the file is no picture, or the input does not take one.
+    """
+    if len(shape) != 4 or shape[1] != 3:
+        raise InputError(f"{path} is a picture, but the input has shape {tuple(shape)}, not (batch, 3, height, width)")
+    try:
+        from PIL import Image, ImageOps
+    except ImportError as error:
+        raise InputError(f"reading {path} needs Pillow: pip install 'fxopt[vision]'") from error
+    try:
+        with Image.open(path) as image:
+            fitted = ImageOps.fit(image.convert("RGB"), (shape[3], shape[2]), Image.Resampling.BILINEAR)
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {_first_line(error)}") from error
+    pixels = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1)[None].float() / 255
+    return (pixels - _per_channel(mean)) / _per_channel(std)
+
+
+def _per_channel(values: Sequence[float]) -> torch.Tensor:
+    if len(values) not in (1, 3):
+        raise InputError(f"expected one number or three, got {len(values)}")
+    return torch.tensor(values).reshape(1, -1, 1, 1)
+
+
+def _from_array(array: numpy.ndarray[Any, Any]) -> torch.Tensor:
+    return torch.from_numpy(numpy.ascontiguousarray(array))
+
+
+def _read_safetensors(path: Path) -> Mapping[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
+def _named(data: Any, path: Path) -> Mapping[str, torch.Tensor]:
+    """Names for what `torch.load` gave; a checkpoint's tensors are looked for under its usual keys."""
+    if isinstance(data, torch.Tensor):
+        return {path.stem: data}
+    if isinstance(data, Mapping):
+        for key in ("state_dict", "model"):
+            if isinstance(data.get(key), Mapping):
+                return _named(data[key], path)
+        if all(isinstance(value, torch.Tensor) for value in data.values()):
+            return {str(name): tensor for name, tensor in data.items()}
+    if isinstance(data, list | tuple) and all(isinstance(value, torch.Tensor) for value in data):
+        return {f"{path.stem}_{index}": tensor for index, tensor in enumerate(data)}
+    raise InputError(f"{path} holds a {type(data).__name__}, not tensors by name")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
