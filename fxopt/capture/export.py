@@ -1,0 +1,315 @@
+"""The `export` frontend: `torch.export`, flattened, under the model's own names, raised back to modules.
+
+It takes models whose `forward` branches on shapes, which `torch.fx` cannot trace. What export adds is undone here: the wrapper's
+prefix, lifted constants, assertions, the subgraphs of `no_grad` and of disabled `autocast`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxopt.capture.captured import Captured
+from fxopt.capture.raising import raise_to_modules
+from fxopt.errors import CaptureError
+from fxopt.program import BatchAxis
+from fxopt.signature import Signature
+from fxopt.structure import Structure, flatten
+
+__all__ = ["trace_export"]
+
+_PREFIX = "model."
+_CHECKS = {
+    "_assert_async",
+    "_assert_scalar",
+    "_assert_tensor_metadata",
+    "sym_constrain_range",
+    "sym_constrain_range_for_size",
+}
+# Batch sizes that no other axis is likely to have, so that nothing seems to depend on the batch by coincidence.
+_FACTORS = (2, 3, 5, 7, 11, 13, 17, 19, 23)
+
+
+def trace_export(
+    model: nn.Module, signature: Signature, example_inputs: Sequence[torch.Tensor], *, batch: BatchAxis | None
+) -> Captured:
+    """Captures a model with `torch.export`, in the mode (training or evaluation) it is in.
+
+    Args:
+        model: a private copy of the caller's model; its parameters become those of the result.
+        signature: how the model is called.
+        example_inputs: flat tensors.
+        batch: the flat inputs whose axis 0 is the batch, or None to keep all shapes fixed.
+
+    Raises:
+        CaptureError: if export refuses the model, with export's reason.
+    """
+    outputs: list[Structure] = []
+    wrapper = _Flat(model, signature, outputs.append)
+    with _tracing(model):
+        program, dynamic, note = _export(wrapper, tuple(example_inputs), batch)
+        exported = program.module(check_guards=False)
+    graph = fx.Graph()
+    _Transcription(graph, exported, signature.names).run()
+    module = _assemble(exported, graph, type(model).__name__)
+    _drop_lifting(module)
+    raise_to_modules(module, training=model.training, original=model)
+    for node in graph.nodes:
+        # Fake tensors keep export's whole shape environment alive.
+        node.meta = {key: value for key, value in node.meta.items() if key == "stack_trace"}
+    _late_attributes(graph)
+    module.recompile()
+    return Captured(module, outputs[-1], dynamic, note)
+
+
+class _Flat(nn.Module):
+    """The model as a function of flat tensors that returns flat tensors."""
+
+    def __init__(self, model: nn.Module, signature: Signature, record: Callable[[Structure], object]) -> None:
+        super().__init__()
+        self.model = model
+        self.training = model.training
+        self.signature = signature
+        self.record = record  # export undoes what forward assigns to self
+
+    def forward(self, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        args, kwargs = self.signature.call_arguments(tensors)
+        leaves, outputs = flatten(self.model(*args, **kwargs))
+        self.record(outputs)
+        return tuple(leaves)
+
+
+@contextlib.contextmanager
+def _tracing(model: nn.Module) -> Iterator[None]:
+    """Makes what is traced independent of where capture is called, and undoes what tracing leaves on the model."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.enable_grad(), warnings.catch_warnings():
+            # nn.LSTM and nn.GRU assign their flattened weights anew at each call.
+            warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+
+
+def _export(
+    wrapper: _Flat, inputs: tuple[torch.Tensor, ...], batch: BatchAxis | None
+) -> tuple[torch.export.ExportedProgram, bool, str | None]:
+    note = None
+    if batch is not None:
+        dims = tuple({0: torch.export.Dim.AUTO} if index in batch.inputs else None for index in range(len(inputs)))
+        try:
+            program = torch.export.export(wrapper, _tiled(inputs, batch), dynamic_shapes=(dims,), strict=False)
+        except Exception as error:  # noqa: BLE001 (export raises whatever the model raises; the reason is reported)
+            note = _reason(error)
+        else:
+            note = _fixed_batch(program, batch)
+            if note is None:
+                return program, True, None
+    try:
+        return torch.export.export(wrapper, inputs, strict=False), False, note
+    except Exception as error:
+        raise CaptureError(f"torch.export cannot capture {type(wrapper.model).__name__}: {_reason(error)}") from error
+
+
+def _tiled(inputs: tuple[torch.Tensor, ...], batch: BatchAxis) -> tuple[torch.Tensor, ...]:
+    """The inputs with their batch repeated until no other axis has its size: export would take 0 and 1 for constants."""
+    others = {size for index, tensor in enumerate(inputs) for size in tensor.shape[index in batch.inputs :]}
+    if batch.size == 0:
+        return inputs
+    factors = [1, *_FACTORS] if batch.size > 1 else list(_FACTORS)
+    factor = next((item for item in factors if item * batch.size not in others), _FACTORS[-1])
+    if factor == 1:
+        return inputs
+    return tuple(
+        tensor.repeat(factor, *[1] * (tensor.ndim - 1)) if index in batch.inputs else tensor
+        for index, tensor in enumerate(inputs)
+    )
+
+
+def _fixed_batch(program: torch.export.ExportedProgram, batch: BatchAxis) -> str | None:
+    """Why the exported batch axis is not free, or None if it is."""
+    names = set(program.graph_signature.user_inputs)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    for index in batch.inputs:
+        value = placeholders[index].meta["val"]
+        if not isinstance(value, torch.Tensor):
+            continue
+        size = value.shape[0]
+        if not isinstance(size, torch.SymInt):
+            return f"the model was traced for a batch of {size} only: a value in it depends on the batch size"
+        if not size.node.expr.is_Symbol:
+            return f"the batch size must be of the form {size.node.expr}"
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The first informative line of export's error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:300] if lines else 'no message'}"
+
+
+class _Transcription:
+    """Copies an exported graph into a plain one: named placeholders, no checks, subgraphs inlined, original paths."""
+
+    def __init__(self, graph: fx.Graph, exported: fx.GraphModule, names: Sequence[str]) -> None:
+        self.graph = graph
+        self.exported = exported
+        self.names = names
+
+    def run(self) -> None:
+        placeholders = [node for node in self.exported.graph.nodes if node.op == "placeholder"]
+        inputs: dict[fx.Node, Any] = {}
+        for source, name in zip(placeholders, self.names, strict=True):
+            inputs[source] = self.graph.placeholder(name)
+            inputs[source].meta = dict(source.meta)
+        outputs = self._copy(self.exported, inputs)
+        self.graph.output(tuple(outputs))
+
+    def _copy(self, module: fx.GraphModule, values: dict[fx.Node, Any]) -> Any:
+        """Copies a graph, given the values of its placeholders; returns the value of its output."""
+
+        def value_of(argument: Any) -> Any:
+            return fx.node.map_arg(argument, lambda node: values[node])
+
+        for node in module.graph.nodes:
+            if node.op == "placeholder":
+                continue
+            if node.op == "output":
+                return value_of(node.args[0])
+            if node.op == "call_module" or getattr(node.target, "_opname", None) in _CHECKS:
+                continue  # the only module export calls is its guard function
+            if node.op == "get_attr" and isinstance(_attribute(module, node.target), fx.GraphModule):
+                values[node] = _attribute(module, node.target)
+            elif node.op == "get_attr":
+                values[node] = self.graph.get_attr(str(node.target).removeprefix(_PREFIX))
+                values[node].meta = _meta(node)
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                values[node] = self._inline(node, value_of(node.args))
+            elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple | list):
+                values[node] = values[node.args[0]][node.args[1]]
+            else:
+                values[node] = self.graph.create_node(
+                    node.op, node.target, value_of(node.args), value_of(node.kwargs), name=_plain_name(node)
+                )
+                values[node].meta = _meta(node)
+        raise CaptureError("torch.export gave a graph without an output")
+
+    def _inline(self, node: fx.Node, args: Sequence[Any]) -> Any:
+        """The values of a subgraph that was set apart for a context."""
+        name = node.target.name() if callable(getattr(node.target, "name", None)) else str(node.target)
+        if name == "wrap_with_set_grad_enabled":
+            enabled, body, *operands = args
+            results = self._call(body, operands)
+            return results if enabled else tuple(self._detached(result) for result in results)
+        if name == "wrap_with_autocast":
+            *_, enabled, _, body = args[:5]
+            if not enabled:
+                return self._call(body, args[5:])
+            raise CaptureError("the model turns on autocast in its forward: cast the model itself, and capture that")
+        raise CaptureError(f"torch.export left a {name} in the graph, which fxopt does not take")
+
+    def _call(self, body: fx.GraphModule, operands: Sequence[Any]) -> tuple[Any, ...]:
+        placeholders = [node for node in body.graph.nodes if node.op == "placeholder"]
+        results = self._copy(body, dict(zip(placeholders, operands, strict=True)))
+        return tuple(results) if isinstance(results, tuple | list) else (results,)
+
+    def _detached(self, value: Any) -> Any:
+        """The value without gradient, as `no_grad` gives it; nothing to do for integers and numbers."""
+        known = value.meta.get("val") if isinstance(value, fx.Node) else None
+        if not isinstance(known, torch.Tensor) or not known.is_floating_point():
+            return value
+        detached = self.graph.call_function(torch.ops.aten.detach.default, (value,))
+        detached.meta = dict(value.meta)
+        return detached
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
+    stack = node.meta.get("nn_module_stack") or {}
+    scopes = {
+        key: (path.removeprefix(_PREFIX), kind) for key, (path, kind) in stack.items() if path.startswith(_PREFIX)
+    }
+    return meta | {"nn_module_stack": scopes}
+
+
+def _plain_name(node: fx.Node) -> str:
+    return node.name.removesuffix("_default")
+
+
+def _attribute(root: nn.Module, path: Any) -> Any:
+    return operator.attrgetter(str(path))(root)
+
+
+def _assemble(exported: fx.GraphModule, graph: fx.Graph, class_name: str) -> fx.GraphModule:
+    """The graph over the exported module's tensors, at their original paths."""
+    # Given a root, GraphModule would copy its tensors, and make every buffer a persistent one.
+    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
+    inner = exported._modules.get(_PREFIX.rstrip("."))
+    if inner is not None:
+        module._modules.update(inner._modules)
+        module._parameters.update(inner._parameters)
+        module._buffers.update(inner._buffers)
+        module._non_persistent_buffers_set.update(inner._non_persistent_buffers_set)
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            container = module.get_submodule(owner)
+            holder = inner if container is module and inner is not None else container
+            if name in vars(holder):  # a constant: export keeps it as a plain attribute
+                container.register_buffer(name, vars(holder)[name], persistent=False)
+    module.graph = graph
+    return module
+
+
+def _drop_lifting(module: fx.GraphModule) -> None:
+    """Removes the copies that export makes of constants, and detaching what has no gradient."""
+    graph = module.graph
+    aten = torch.ops.aten
+    for node in list(graph.nodes):
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
+            continue
+        source = node.args[0]
+        if node.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):
+            if node.target is aten.lift_fresh_copy.default and _is_written(node):
+                node.target = aten.clone.default
+                continue
+        elif node.target in (aten.detach_.default, aten.detach.default, aten.alias.default):
+            plain = source.op == "get_attr" and not isinstance(_attribute(module, source.target), nn.Parameter)
+            if node.target is not aten.alias.default and not plain:
+                continue
+        else:
+            continue
+        node.replace_all_uses_with(source)
+        graph.erase_node(node)
+
+
+def _is_written(node: fx.Node) -> bool:
+    """Whether an operator writes into the node's memory, directly or through a view of it."""
+    waiting = [node]
+    while waiting:
+        for user in waiting.pop().users:
+            schema = getattr(user.target, "_schema", None)
+            if schema is None or user.target is torch.ops.aten.detach_.default:
+                waiting.extend([user] if user.op == "call_function" else [])
+            elif schema.is_mutable:
+                return True
+            elif any(item.alias_info is not None for item in schema.returns):
+                waiting.append(user)
+    return False
+
+
+def _late_attributes(graph: fx.Graph) -> None:
+    """Moves each get_attr node to where it is first used, which is where a reader looks for it."""
+    position = {node: index for index, node in enumerate(graph.nodes)}
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.users:
+            min(node.users, key=position.__getitem__).prepend(node)
