@@ -1,0 +1,176 @@
+"""What a backend must do: lower a program to an engine, and load a saved engine.
+
+A `Backend` is its own configuration, like a pass: a frozen dataclass whose fields are its options and which prints as a spec
+string. What it returns is an `Engine`: a callable from flat tensors to flat tensors that can be saved. Nesting the tensors the
+way the model does is not the engine's business but the `Signature`'s.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+
+from fxopt.errors import InputError
+from fxopt.spec import spec_string
+
+if TYPE_CHECKING:
+    from fxopt.artifact import Manifest
+    from fxopt.program import Program
+
+__all__ = ["Backend", "Engine", "FixedBatchWarning", "TensorSpec", "check_inputs"]
+
+
+class FixedBatchWarning(UserWarning):
+    """A dynamic batch was asked for, and the engine has a fixed one."""
+
+
+class TensorSpec(NamedTuple):
+    """What an engine expects of one flat input.
+
+    Attributes:
+        name: as in `Signature.names`.
+        dtype: exact; engines do not convert.
+        shape: sizes; None at axis 0 where any batch size is taken.
+    """
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int | None, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON, read by `from_json`."""
+        return {"name": self.name, "dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: if the data type is not one of torch's.
+        """
+        dtype = getattr(torch, data["dtype"], None)
+        if not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{data['dtype']!r} is not a torch data type")
+        return cls(data["name"], dtype, tuple(data["shape"]))
+
+    def __str__(self) -> str:
+        sizes = ", ".join("batch" if size is None else str(size) for size in self.shape)
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{sizes}]"
+
+    @classmethod
+    def of_program(cls, program: Program, *, dynamic_batch: bool) -> tuple[TensorSpec, ...]:
+        """The inputs of a program; axis 0 is free where it is the batch and `dynamic_batch` is wanted."""
+        free = set(program.batch.inputs) if dynamic_batch and program.batch is not None else set()
+        return tuple(
+            cls(name, tensor.dtype, (None, *tensor.shape[1:]) if index in free else tuple(tensor.shape))
+            for index, (name, tensor) in enumerate(zip(program.signature.names, program.example_inputs, strict=True))
+        )
+
+
+class Engine(ABC):
+    """A lowered program: flat tensors in, flat tensors out. Safe to call from several threads.
+
+    Attributes:
+        inputs: what it expects, in order.
+    """
+
+    inputs: tuple[TensorSpec, ...]
+
+    @abstractmethod
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Runs it. The results are new tensors on the device of the inputs.
+
+        Raises:
+            InputError: naming the input whose number, data type, device or shape does not fit.
+            BackendError: if the runtime failed.
+        """
+
+    @abstractmethod
+    def save(self, directory: Path) -> None:
+        """Writes the engine's files into an existing folder; `Backend.load` reads them."""
+
+    @abstractmethod
+    def info(self) -> Mapping[str, Any]:
+        """Plain JSON about the engine: backend, version, device, dynamic_batch, sizes in bytes, notes."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Backend(ABC):
+    """How programs are lowered. Subclasses are frozen dataclasses whose fields are the options.
+
+    Attributes:
+        name: the registry name.
+        runs_training: whether a program in training mode can be lowered.
+        tolerance: largest error, relative to the largest output, that is rounding and not a fault (float32).
+    """
+
+    name: ClassVar[str]
+    runs_training: ClassVar[bool] = False
+    tolerance: ClassVar[float] = 1e-3
+
+    @abstractmethod
+    def unavailable(self) -> str | None:
+        """Why it cannot be used here and what to install; None if it can."""
+
+    @abstractmethod
+    def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
+        """The engine of a program.
+
+        Args:
+            program: left unchanged. The engine does not see later changes of its weights, unless the backend is eager.
+            dynamic_batch: whether the engine shall take any batch size. Where that cannot be had the engine has the batch
+                of the example inputs, a `FixedBatchWarning` says why, and so does a note in `Engine.info`.
+
+        Raises:
+            BackendUnavailable: if `unavailable()` has a reason.
+            BackendError: if the program cannot be lowered.
+        """
+
+    @abstractmethod
+    def load(self, directory: Path, manifest: Manifest) -> Engine:
+        """The engine that `Engine.save` wrote into a folder. Neither imports the model's classes nor unpickles them.
+
+        Raises:
+            ArtifactError: if the files are not those of this backend.
+            BackendUnavailable: if `unavailable()` has a reason.
+        """
+
+    def __str__(self) -> str:
+        return spec_string(self)
+
+
+def check_inputs(specs: Sequence[TensorSpec], device: torch.device, inputs: Sequence[Any]) -> None:
+    """Refuses inputs that an engine was not made for. Costs a microsecond or two per input.
+
+    Raises:
+        InputError: naming the input, what is expected and what was given.
+    """
+    if len(inputs) != len(specs):
+        raise InputError(f"expected {len(specs)} inputs ({', '.join(map(str, specs))}), got {len(inputs)}")
+    batch: int | None = None
+    for spec, tensor in zip(specs, inputs, strict=True):
+        if not isinstance(tensor, torch.Tensor):
+            raise InputError(f"input {spec.name}: expected a tensor ({spec}), got {type(tensor).__name__}")
+        if tensor.dtype is not spec.dtype:
+            raise InputError(f"input {spec.name}: expected {spec.dtype} ({spec}), got {tensor.dtype}: convert it first")
+        if tensor.device != device:
+            raise InputError(f"input {spec.name}: expected it on {device}, got {tensor.device}: move it first")
+        shape = tensor.shape
+        if shape == spec.shape:
+            continue
+        free = bool(spec.shape) and spec.shape[0] is None
+        if not free or len(shape) != len(spec.shape) or shape[1:] != spec.shape[1:]:
+            raise InputError(f"input {spec.name}: expected shape {_sizes(spec.shape)}, got {_sizes(shape)}")
+        if batch is None:
+            batch = shape[0]
+        elif shape[0] != batch:
+            raise InputError(f"input {spec.name}: expected the batch of {batch} of the inputs before it, got {shape[0]}")
+
+
+def _sizes(shape: Sequence[int | None]) -> str:
+    return "[" + ", ".join("batch" if size is None else str(size) for size in shape) + "]"

@@ -1,0 +1,183 @@
+"""The backend `eager`: the program itself, run by torch. The reference the others are compared with, and the one that trains.
+
+It is saved as a `torch.export` archive, which holds operators and tensors and no class of the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch.export import Dim, ExportedProgram
+
+from fxopt.backend import Backend, Engine, FixedBatchWarning, TensorSpec, check_inputs
+from fxopt.errors import ArtifactError, BackendError
+
+if TYPE_CHECKING:
+    from fxopt.artifact import Manifest
+    from fxopt.program import Program
+
+__all__ = ["EagerBackend"]
+
+_FILE = "model.pt2"
+
+_log = logging.getLogger(__name__)
+
+_Flat = Callable[..., Sequence[torch.Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EagerBackend(Backend):
+    """Runs programs in torch. The engine shares the program's weights: training the program trains the engine."""
+
+    name: ClassVar[str] = "eager"
+    runs_training: ClassVar[bool] = True
+    tolerance: ClassVar[float] = 1e-5
+
+    def unavailable(self) -> str | None:
+        return None
+
+    def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
+        dynamic = dynamic_batch and program.batch is not None
+        return _ProgramEngine(program, TensorSpec.of_program(program, dynamic_batch=dynamic))
+
+    def load(self, directory: Path, manifest: Manifest) -> Engine:
+        path = directory / _FILE
+        try:
+            with _quiet_export():
+                exported = torch.export.load(path)
+        except Exception as error:
+            raise ArtifactError(f"{path} is not a readable torch.export archive: {error}. Save the engine again.") from error
+        shapes = _input_shapes(exported)
+        if len(shapes) != len(manifest.inputs):
+            raise ArtifactError(f"{path} takes {len(shapes)} inputs, the manifest says {len(manifest.inputs)}: save it again")
+        # the archive may have a fixed batch where the engine had none
+        inputs = tuple(spec._replace(shape=shape) for spec, shape in zip(manifest.inputs, shapes, strict=True))
+        return _ArchiveEngine(exported, inputs, torch.device(manifest.target.device), manifest)
+
+
+class _TorchEngine(Engine):
+    """What the two have in common: a flat callable and how to run it."""
+
+    def __init__(self, module: _Flat, inputs: tuple[TensorSpec, ...], device: torch.device, *, training: bool) -> None:
+        self.inputs = inputs
+        self._module = module
+        self._device = device
+        self._training = training
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        check_inputs(self.inputs, self._device, inputs)
+        try:
+            if self._training:
+                return tuple(self._module(*inputs))
+            with torch.no_grad():
+                return tuple(self._module(*inputs))
+        except RuntimeError as error:
+            raise BackendError(f"torch failed to run the program: {error}") from error
+
+    def info(self) -> Mapping[str, Any]:
+        return {
+            "backend": "eager",
+            "version": torch.__version__,
+            "device": str(self._device),
+            "dynamic_batch": any(spec.shape and spec.shape[0] is None for spec in self.inputs),
+            "training": self._training,
+            "bytes": self._nbytes(),
+            "notes": self._notes(),
+        }
+
+    @abstractmethod
+    def _nbytes(self) -> int:
+        """Bytes of parameters and buffers."""
+
+    def _notes(self) -> list[str]:
+        return []
+
+
+class _ProgramEngine(_TorchEngine):
+    """Runs a program's own graph."""
+
+    def __init__(self, program: Program, inputs: tuple[TensorSpec, ...]) -> None:
+        module = program.flat_module()
+        device = program.example_inputs[0].device
+        super().__init__(module, inputs, device, training=program.training)
+        self._graph_module = module
+        self._examples = program.example_inputs
+        if any(spec.shape and spec.shape[0] is None for spec in inputs):
+            # torch.export specialises a batch of 0 or 1
+            assert program.batch is not None
+            self._examples = program.inputs_with_batch(max(2, program.batch.size))
+        self._fixed_reason = ""
+
+    def save(self, directory: Path) -> None:
+        torch.export.save(self._export(), directory / _FILE)
+
+    def _export(self) -> ExportedProgram:
+        shapes = tuple({0: Dim.DYNAMIC} if spec.shape and spec.shape[0] is None else None for spec in self.inputs)
+        if any(shapes):
+            try:
+                with _quiet_export():
+                    return torch.export.export(self._graph_module, self._examples, dynamic_shapes=shapes)
+            except Exception as error:
+                _log.debug("export with a dynamic batch failed", exc_info=True)
+                self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {_first_line(error)}"
+                warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)
+        try:
+            with _quiet_export():
+                return torch.export.export(self._graph_module, self._examples)
+        except Exception as error:
+            raise BackendError(f"torch.export cannot save this program: {_first_line(error)}") from error
+
+    def _nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._graph_module.state_dict().values())
+
+    def _notes(self) -> list[str]:
+        return [self._fixed_reason] if self._fixed_reason else []
+
+
+class _ArchiveEngine(_TorchEngine):
+    """Runs a saved archive."""
+
+    def __init__(
+        self, exported: ExportedProgram, inputs: tuple[TensorSpec, ...], device: torch.device, manifest: Manifest
+    ) -> None:
+        super().__init__(exported.module(), inputs, device, training=bool(manifest.info.get("training", False)))
+        self._exported = exported
+        self._saved_notes = manifest.notes
+
+    def save(self, directory: Path) -> None:
+        torch.export.save(self._exported, directory / _FILE)
+
+    def _nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._exported.state_dict.values())
+
+    def _notes(self) -> list[str]:
+        return list(self._saved_notes)
+
+
+def _input_shapes(exported: ExportedProgram) -> list[tuple[int | None, ...]]:
+    wanted = set(exported.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in wanted]
+    return [tuple(size if isinstance(size, int) else None for size in value.shape) for value in values]
+
+
+@contextlib.contextmanager
+def _quiet_export() -> Iterator[None]:
+    """torch.export's warnings are about its own insides; they go to our debug log."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        yield
+    for warning in caught:
+        _log.debug("torch.export: %s", warning.message)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,105 @@
+"""The backend `onnx`: `torch.onnx.export`, onnxoptimizer, the ONNX checker, and a session of ONNX Runtime.
+
+Each step has a file: `onnx_export`, `onnx_optimize`, `onnx_session`; what they hand on is an `onnx_model.OnnxModel`.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from fxopt.backend import Backend, Engine, TensorSpec
+from fxopt.errors import BackendError, BackendUnavailable
+
+if TYPE_CHECKING:
+    from fxopt.artifact import Manifest
+    from fxopt.program import Program
+
+__all__ = ["OnnxBackend"]
+
+_PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxoptimizer")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OnnxBackend(Backend):
+    """Runs programs in ONNX Runtime.
+
+    Attributes:
+        num_threads: threads for one operator; None: as many as torch uses (`torch.get_num_threads()`) when the engine is made.
+        providers: ONNX Runtime's execution providers in order of preference; None: CUDA where the target is a CUDA device and
+            this onnxruntime has it, else the CPU.
+        optimize: whether onnxoptimizer runs before ONNX Runtime's own optimizations.
+    """
+
+    name: ClassVar[str] = "onnx"
+    tolerance: ClassVar[float] = 1e-3
+
+    num_threads: int | None = None
+    providers: tuple[str, ...] | None = None
+    optimize: bool = True
+
+    def __post_init__(self) -> None:
+        if self.num_threads is not None and self.num_threads < 1:
+            raise ValueError(f"num_threads must be at least 1, not {self.num_threads}")
+
+    def unavailable(self) -> str | None:
+        missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]
+        return f"{', '.join(missing)} not installed: pip install {' '.join(missing)}" if missing else None
+
+    def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
+        self._require_available()
+        if program.training:
+            raise BackendError("the onnx backend runs inference only: call model.eval() first, or use backend='eager'")
+        from fxopt.lowering import onnx_export, onnx_optimize
+        from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session, tensor_device
+
+        device = tensor_device(program.target.device)
+        providers = choose_providers(self.providers, device)
+        started = time.perf_counter()
+        exported = onnx_export.export(program, dynamic_batch=dynamic_batch)
+        after_export = time.perf_counter()
+        model, notes = exported.model, list(exported.notes)
+        if self.optimize:
+            model, more = onnx_optimize.optimize(model)
+            notes += more
+        else:
+            notes += onnx_optimize.check(model)
+        after_optimize = time.perf_counter()
+        try:
+            session = open_session(model, providers=providers, threads=self._threads())
+        except BackendError as error:
+            if model is exported.model:
+                raise
+            notes.append(f"onnxoptimizer was left out: {error}")
+            model = exported.model
+            session = open_session(model, providers=providers, threads=self._threads())
+        seconds = {
+            "export": after_export - started,
+            "optimize": after_optimize - after_export,
+            "session": time.perf_counter() - after_optimize,
+        }
+        inputs = TensorSpec.of_program(program, dynamic_batch=exported.dynamic_batch)
+        return OnnxEngine(model, session, inputs=inputs, device=device, notes=notes, seconds=seconds)
+
+    def load(self, directory: Path, manifest: Manifest) -> Engine:
+        self._require_available()
+        from fxopt.lowering.onnx_model import OnnxModel
+        from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session, tensor_device
+
+        device = tensor_device(manifest.target.device)
+        model = OnnxModel.load(directory)
+        session = open_session(model, providers=choose_providers(self.providers, device), threads=self._threads())
+        return OnnxEngine(model, session, inputs=manifest.inputs, device=device, notes=manifest.notes)
+
+    def _threads(self) -> int:
+        return self.num_threads or torch.get_num_threads()
+
+    def _require_available(self) -> None:
+        reason = self.unavailable()
+        if reason is not None:
+            raise BackendUnavailable(f"backend onnx: {reason}")

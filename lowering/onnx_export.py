@@ -1,0 +1,157 @@
+"""From a program to an `OnnxModel`, with a dynamic batch where the exporter can keep one.
+
+The exporter specialises sizes 0 and 1, so a dynamic batch is exported from an example of at least 2. Whether the batch really
+stayed dynamic is read from the exported graph, not assumed.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from fxopt.backend import FixedBatchWarning
+from fxopt.errors import BackendError
+from fxopt.lowering.onnx_model import OnnxModel
+
+if TYPE_CHECKING:
+    import onnx_ir
+
+    from fxopt.program import Program
+
+__all__ = ["Exported", "export"]
+
+_log = logging.getLogger(__name__)
+
+_EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
+_BATCH = "batch"
+_REASON_LENGTH = 300
+
+
+class Exported(NamedTuple):
+    """What the export of a program gave.
+
+    Attributes:
+        model: the graph and its weights.
+        dynamic_batch: whether it takes any batch size.
+        notes: what differs from what was asked, with reasons.
+    """
+
+    model: OnnxModel
+    dynamic_batch: bool
+    notes: list[str]
+
+
+def export(program: Program, *, dynamic_batch: bool) -> Exported:
+    """The program as ONNX. Input names are those of the signature; output names are made from their paths.
+
+    Raises:
+        BackendError: if the exporter fails with a fixed batch too.
+    """
+    axes = program.batch.inputs if dynamic_batch and program.batch is not None else ()
+    if not axes:
+        notes = ["fixed batch: the program has no batch axis"] if dynamic_batch else []
+        return Exported(_export_or_raise(program), False, notes)
+    reason = ""
+    try:
+        exported = _export(program, axes)
+    except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason in the warning and the note)
+        reason = f"the exporter failed: {_summary(error)}"
+        _log.debug("export with a dynamic batch failed", exc_info=True)
+    else:
+        lost = [program.signature.names[index] for index in axes if not _is_free(exported.graph.inputs[index])]
+        if not lost:
+            return Exported(OnnxModel.from_ir(exported), True, [])
+        reason = f"the exporter fixed the batch of {', '.join(lost)}"
+    fallback = _export_or_raise(program)
+    assert program.batch is not None
+    note = f"fixed batch of {program.batch.size}: {reason}"
+    warnings.warn(
+        f"the onnx engine takes a {note}. Pass dynamic_batch=False to accept that without a warning.",
+        FixedBatchWarning,
+        stacklevel=2,
+    )
+    return Exported(fallback, False, [note])
+
+
+def _export_or_raise(program: Program) -> OnnxModel:
+    try:
+        return OnnxModel.from_ir(_export(program, ()))
+    except Exception as error:
+        raise BackendError(
+            f"torch.onnx.export cannot export this program: {_summary(error)}. backend='eager' runs it without exporting."
+        ) from error
+
+
+def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
+    import onnx_ir.passes.common as ir_passes
+
+    inputs = program.example_inputs
+    if axes and program.batch is not None and program.batch.size < 2:
+        inputs = program.inputs_with_batch(2)
+    shapes = tuple({0: _BATCH} if index in axes else None for index in range(len(inputs)))
+    with torch.no_grad(), _quiet_exporter():
+        exported = torch.onnx.export(
+            program.flat_module(),
+            tuple(tensor.detach() for tensor in inputs),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes=shapes if axes else None,
+            input_names=list(program.signature.names),
+            output_names=_output_names(program),
+        )
+    assert exported is not None
+    # The exporter leaves a stack trace on every node: larger than the graph, and it names the user's paths.
+    ir_passes.ClearMetadataAndDocStringPass()(exported.model)
+    return exported.model
+
+
+def _output_names(program: Program) -> list[str]:
+    outputs = program.signature.outputs
+    paths = [] if outputs is None else outputs.paths()
+    taken, names = set(program.signature.names), []
+    for path in paths:
+        base = re.sub(r"\W+", "_", path).strip("_") or "output"
+        name, number = base, 1
+        while name in taken:
+            name, number = f"{base}_{number}", number + 1
+        taken.add(name)
+        names.append(name)
+    return names
+
+
+def _is_free(value: onnx_ir.Value) -> bool:
+    return value.shape is not None and len(value.shape) > 0 and not isinstance(value.shape[0], int)
+
+
+@contextmanager
+def _quiet_exporter() -> Iterator[None]:
+    """What the exporter warns and logs is about its own insides; it goes to our debug log."""
+    loggers = [logging.getLogger(name) for name in _EXPORTER_LOGGERS]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)
+    for warning in caught:
+        _log.debug("exporter: %s", warning.message)
+
+
+def _summary(error: BaseException) -> str:
+    """The innermost cause on one line: the exporter wraps it into pages of advice."""
+    cause: Any = error
+    while cause.__cause__ is not None:
+        cause = cause.__cause__
+    text = re.sub(r"\x1b\[\d+m", "", str(cause))
+    text = " ".join(text.split()) or type(cause).__name__
+    return text if len(text) <= _REASON_LENGTH else text[: _REASON_LENGTH - 3] + "..."

@@ -1,0 +1,146 @@
+"""An ONNX Runtime session that takes and returns torch tensors without copying them.
+
+Inputs go in by pointer (DLPack), outputs come back as tensors over the memory that the runtime allocated for that call: every
+call has outputs of its own. Weights are given to the session as tensors too, so no message of the model's size is ever built.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from fxopt.backend import Engine, TensorSpec, check_inputs
+from fxopt.errors import BackendError, BackendUnavailable
+from fxopt.lowering.onnx_model import OnnxModel
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+__all__ = ["OnnxEngine", "choose_providers", "open_session", "tensor_device"]
+
+_CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
+_ERRORS_ONLY = 3
+
+
+class OnnxEngine(Engine):
+    """Runs an `OnnxModel` in ONNX Runtime."""
+
+    def __init__(
+        self,
+        model: OnnxModel,
+        session: onnxruntime.InferenceSession,
+        *,
+        inputs: tuple[TensorSpec, ...],
+        device: torch.device,
+        notes: Sequence[str] = (),
+        seconds: Mapping[str, float] | None = None,
+    ) -> None:
+        import onnxruntime
+
+        self.inputs = inputs
+        self._model = model
+        self._session = session
+        self._device = device
+        self._notes = list(notes)
+        self._seconds = dict(seconds or {})
+        self._on_cuda = device.type == "cuda" and _CUDA in session.get_providers()
+        if device.type == "cuda" and not self._on_cuda:
+            self._notes.append("runs on the CPU: this onnxruntime has no CUDA; tensors are copied to and fro")
+        self._place = (device.type, device.index or 0) if self._on_cuda else ("cpu", 0)
+        self._to_ort_value = onnxruntime.OrtValue.from_dlpack
+        # an input that the model does not use may be missing from the graph
+        kept = {item.name for item in session.get_inputs()}
+        self._feeds = [spec.name if spec.name in kept else None for spec in inputs]
+        self._outputs = [item.name for item in session.get_outputs()]
+
+    def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        check_inputs(self.inputs, self._device, inputs)
+        moved = not self._on_cuda and self._device.type == "cuda"
+        if moved:
+            inputs = tuple(tensor.cpu() for tensor in inputs)
+        try:
+            binding = self._session.io_binding()
+            for name, tensor in zip(self._feeds, inputs, strict=True):
+                if name is not None:
+                    value = tensor.detach().contiguous() if tensor.requires_grad else tensor.contiguous()
+                    binding.bind_ortvalue_input(name, self._to_ort_value(value))
+            kind, index = self._place
+            for name in self._outputs:
+                binding.bind_output(name, kind, index)
+            if self._on_cuda:
+                # the runtime has a stream of its own: what torch has queued must be finished before it reads
+                torch.cuda.current_stream(self._device).synchronize()
+            self._session.run_with_iobinding(binding)
+            if self._on_cuda:
+                binding.synchronize_outputs()
+            outputs = tuple(torch.from_dlpack(value) for value in binding.get_outputs())
+        except RuntimeError as error:
+            raise BackendError(f"ONNX Runtime failed: {error}") from error
+        return tuple(tensor.to(self._device) for tensor in outputs) if moved else outputs
+
+    def save(self, directory: Path) -> None:
+        self._model.save(directory)
+
+    def info(self) -> Mapping[str, Any]:
+        import onnxruntime
+
+        return {
+            "backend": "onnx",
+            "version": onnxruntime.__version__,
+            "providers": list(self._session.get_providers()),
+            "device": str(self._device),
+            "dynamic_batch": any(spec.shape and spec.shape[0] is None for spec in self.inputs),
+            "threads": self._session.get_session_options().intra_op_num_threads,
+            "nodes": len(self._model.graph.graph.node),
+            "opset": {item.domain or "ai.onnx": item.version for item in self._model.graph.opset_import},
+            "bytes": self._model.nbytes,
+            "seconds": dict(self._seconds),
+            "notes": list(self._notes),
+        }
+
+
+def tensor_device(device: str) -> torch.device:
+    """The device that a target names, as tensors name it: "cuda" is "cuda:0"."""
+    named = torch.device(device)
+    return torch.device(named.type, 0) if named.type == "cuda" and named.index is None else named
+
+
+def choose_providers(providers: tuple[str, ...] | None, device: torch.device) -> list[str | tuple[str, dict[str, Any]]]:
+    """The execution providers for a device: those asked for, else CUDA where it is and the CPU.
+
+    Raises:
+        BackendUnavailable: if one that was asked for is not in this onnxruntime.
+    """
+    import onnxruntime
+
+    available = onnxruntime.get_available_providers()
+    missing = [name for name in providers or () if name not in available]
+    if missing:
+        raise BackendUnavailable(f"this onnxruntime has no {', '.join(missing)}; it has {', '.join(available)}")
+    wanted = providers or ((_CUDA, _CPU) if device.type == "cuda" and _CUDA in available else (_CPU,))
+    return [(name, {"device_id": device.index or 0}) if name == _CUDA else name for name in wanted]
+
+
+def open_session(
+    model: OnnxModel, *, providers: Sequence[str | tuple[str, dict[str, Any]]], threads: int
+) -> onnxruntime.InferenceSession:
+    """A session with all graph optimizations. It keeps the model's weights alive and may read them in place.
+
+    Raises:
+        BackendError: if ONNX Runtime refuses the model.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads
+    options.log_severity_level = _ERRORS_ONLY
+    values = [onnxruntime.OrtValue.from_dlpack(tensor) for tensor in model.weights.values()]
+    options.add_external_initializers(list(model.weights), values)
+    try:
+        return onnxruntime.InferenceSession(model.as_external().SerializeToString(), options, providers=list(providers))
+    except Exception as error:  # noqa: BLE001 (its exceptions share no base class)
+        raise BackendError(f"ONNX Runtime cannot load the model: {error}") from error
