@@ -17,11 +17,12 @@ from typing import Any
 import numpy
 import torch
 
+from fxopt.backend import TensorSpec
 from fxopt.errors import InputError
 
-__all__ = ["InputSpec", "as_example_inputs", "parse_input", "read_image", "read_tensors"]
+__all__ = ["InputSpec", "as_example_inputs", "gather_inputs", "parse_input", "read_image", "read_tensors"]
 
-IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
+_IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 
 _SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)?(?::(?P<dtype>\w+))?")
 _DTYPES = {
@@ -87,6 +88,59 @@ def as_example_inputs(specs: Sequence[InputSpec]) -> tuple[torch.Tensor, ...] | 
     if len(set(names)) != len(names):
         raise InputError(f"an --input is given twice: {', '.join(names)}")
     return {name: spec.random(seed) for seed, (name, spec) in enumerate(zip(names, specs, strict=True))}
+
+
+def gather_inputs(
+    specs: Sequence[TensorSpec], texts: Sequence[str], *, mean: Sequence[float], std: Sequence[float]
+) -> list[torch.Tensor]:
+    """One tensor for each input of an engine: as `texts` say, at random where they say nothing.
+
+    Args:
+        specs: what the engine expects.
+        texts: `[NAME=]SHAPE` or `[NAME=]FILE`. Those without a name fill the inputs in order; a file with several
+            tensors goes by the names in it.
+        mean: see `read_image`.
+        std: see `read_image`.
+
+    Raises:
+        InputError: if a text cannot be read, names no input, or there are more than the engine takes.
+    """
+    given: dict[str, torch.Tensor] = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            name, value = next((spec.name for spec in specs if spec.name not in given), ""), text
+        for key, tensor in _read_value(value, name, specs, mean=mean, std=std).items():
+            if key not in [spec.name for spec in specs]:
+                expected = ", ".join(str(spec) for spec in specs)
+                raise InputError(f"--input {text}: no free input {key!r}; the engine takes {expected}")
+            if key in given:
+                raise InputError(f"--input {text}: {key} is given twice")
+            given[key] = tensor
+    batches = [given[spec.name].shape[0] for spec in specs if spec.name in given and spec.shape[:1] == (None,)]
+    batch = batches[0] if batches else 1
+    for seed, spec in enumerate(specs):
+        if spec.name not in given:
+            shape = tuple(batch if size is None else size for size in spec.shape)
+            given[spec.name] = InputSpec(shape=shape, dtype=spec.dtype).random(seed)
+    return [given[spec.name] for spec in specs]
+
+
+def _read_value(
+    value: str, name: str, specs: Sequence[TensorSpec], *, mean: Sequence[float], std: Sequence[float]
+) -> Mapping[str, torch.Tensor]:
+    """Tensors by the name of the input that they are for."""
+    path = Path(value)
+    spec = next((spec for spec in specs if spec.name == name), None)
+    if path.suffix.lower() in _IMAGE_SUFFIXES:
+        shape = [1 if size is None else size for size in spec.shape] if spec is not None else []
+        return {name: read_image(path, shape, mean=mean, std=std)}
+    if path.suffix:
+        tensors = read_tensors(path)
+        return {name: next(iter(tensors.values()))} if len(tensors) == 1 else tensors
+    wanted = parse_input(value)
+    dtype = spec.dtype if spec is not None and ":" not in value else wanted.dtype
+    return {name: InputSpec(shape=wanted.shape, dtype=dtype).random()}
 
 
 def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:

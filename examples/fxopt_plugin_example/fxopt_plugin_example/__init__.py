@@ -1,0 +1,1 @@
+"""An fxopt pass in a package of its own."""
