@@ -1,0 +1,58 @@
+"""fxopt: a graph-rewriting compiler for PyTorch models.
+
+`compile` captures a model, rewrites it with passes that are proven or measured, and lowers it to an engine; `optimize` stops
+before lowering; `capture` gives the program alone; `explain` tells what passes would do; `load` reads a saved engine.
+"""
+
+from fxopt.api import Compiled, capture, compile, explain, load, optimize
+from fxopt.backend import Backend, Engine
+from fxopt.errors import (
+    ArtifactError,
+    BackendError,
+    BackendUnavailable,
+    CaptureError,
+    FxoptError,
+    InputError,
+    PassError,
+    PipelineError,
+    RegistryError,
+    VerificationError,
+)
+from fxopt.manager import NoMatchWarning, PassManager, RollbackWarning
+from fxopt.passes_base import Pass, Plan, Rewrite, Skip
+from fxopt.program import Program
+from fxopt.report import Cost, PassReport, Report
+from fxopt.target import Target
+
+__all__ = [
+    "ArtifactError",
+    "Backend",
+    "BackendError",
+    "BackendUnavailable",
+    "CaptureError",
+    "Compiled",
+    "Cost",
+    "Engine",
+    "FxoptError",
+    "InputError",
+    "NoMatchWarning",
+    "Pass",
+    "PassError",
+    "PassManager",
+    "PassReport",
+    "PipelineError",
+    "Plan",
+    "Program",
+    "RegistryError",
+    "Report",
+    "Rewrite",
+    "RollbackWarning",
+    "Skip",
+    "Target",
+    "VerificationError",
+    "capture",
+    "compile",
+    "explain",
+    "load",
+    "optimize",
+]

@@ -1,0 +1,292 @@
+"""The whole flow on one page: capture, passes, lowering, engine."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from fxopt import artifact
+from fxopt.backend import Backend, Engine
+from fxopt.capture import Frontend
+from fxopt.capture import capture as _capture
+from fxopt.compare import compare
+from fxopt.errors import BackendError, BackendUnavailable, InputError
+from fxopt.manager import OnFailure, OnNoMatch, PassManager, Verify
+from fxopt.passes_base import Pass, Plan
+from fxopt.program import Program
+from fxopt.registry import make_backend
+from fxopt.report import Report
+from fxopt.signature import CallArguments, Signature
+from fxopt.target import Target
+from fxopt.verify import Reference
+
+__all__ = ["Compiled", "capture", "compile", "explain", "load", "optimize"]
+
+Passes = str | Pass | Sequence[str | Pass]
+
+_MODE_DEPENDENT = frozenset(
+    "batch_norm instance_norm dropout dropout1d dropout2d dropout3d alpha_dropout drop_path lstm gru rnn".split()
+)
+
+
+class Compiled:
+    """A compiled model: called like the model, answers in the model's own output structure.
+
+    Made by `compile` and `load`. When `compile` was given no example inputs, the first call captures and compiles with the inputs
+    of that call.
+    """
+
+    def __init__(self, finished: _Finished | None, pending: _Pending | None = None) -> None:
+        self._finished = finished
+        self._pending = pending
+        self._lock = threading.Lock()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Runs the engine on what the model is called with.
+
+        Raises:
+            InputError: if the inputs do not have the structure, data types or shapes that were compiled for.
+        """
+        finished = self._finished or self._compile_for(args, kwargs)
+        return finished.signature.unflatten_outputs(finished.engine(*finished.signature.flatten_inputs(args, kwargs)))
+
+    @property
+    def report(self) -> Report:
+        """What happened between the model and the engine; prints as a table."""
+        return self._ready().report
+
+    @property
+    def engine(self) -> Engine:
+        """The engine itself: flat tensors in, flat tensors out."""
+        return self._ready().engine
+
+    @property
+    def signature(self) -> Signature:
+        """How it is called."""
+        return self._ready().signature
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the engine, its manifest and the report into a folder, for `fxopt.load`.
+
+        Raises:
+            ArtifactError: if the folder holds something else.
+        """
+        ready = self._ready()
+        artifact.write(
+            Path(directory),
+            engine=ready.engine,
+            backend=ready.backend,
+            signature=ready.signature,
+            report=ready.report,
+            target=ready.target,
+        )
+
+    def __repr__(self) -> str:
+        if self._finished is None:
+            return "<Compiled: captured at the first call>"
+        return f"<Compiled({', '.join(self._finished.signature.names)}) by {self._finished.backend}>"
+
+    def _ready(self) -> _Finished:
+        if self._finished is None:
+            raise InputError("not compiled yet: call it once, or pass example inputs to fxopt.compile")
+        return self._finished
+
+    def _compile_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Finished:
+        with self._lock:
+            if self._pending is not None:
+                self._finished, self._pending = self._pending.finish(CallArguments(args, kwargs)), None
+            return self._ready()
+
+
+def compile(  # noqa: A001 (the name users know from torch)
+    model: nn.Module,
+    example_inputs: Any = None,
+    *,
+    passes: Passes = "default",
+    backend: str | Backend = "onnx",
+    calibration: Iterable[Any] | None = None,
+    dynamic_batch: bool = True,
+    verify: Verify = "numerics",
+    on_no_match: OnNoMatch = "warn",
+    on_failure: OnFailure = "rollback",
+    frontend: Frontend = "auto",
+    target: Target | None = None,
+) -> Compiled:
+    """Compiles a model: captures it, runs the passes, and lowers the result to an engine.
+
+    Args:
+        model: the trained module. It is never changed.
+        example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or one tensor. None captures at the
+            first call, as `torch.compile` does.
+        passes: a pass, a spec string, or a sequence of these; "default" stands for the exact passes.
+        backend: a backend or its spec string, such as "onnx(num_threads=2)".
+        calibration: any iterable of batches; of each the first N entries are the model's N inputs.
+        dynamic_batch: whether the engine takes any batch size.
+        verify: "numerics" proves exact passes and compares the engine with the program; "structure" checks the graph alone.
+        on_no_match: what to do when a pass that was asked for changes nothing: "warn", "error" or "ignore".
+        on_failure: "rollback" leaves out and reports rewrites that fail a check; "raise" raises.
+        frontend: "auto", "symbolic" or "export".
+        target: where the engine will run; this machine's CPU by default.
+
+    Returns:
+        The compiled model: call it, print its `report`, `save` it.
+
+    Raises:
+        InputError: if the inputs or options do not fit.
+        CaptureError: if the model cannot be captured.
+        PipelineError, PassError, VerificationError: if the passes cannot be run.
+        BackendError: if lowering failed, or the engine's answers differ from the program's.
+    """
+    chosen = make_backend(backend)
+    reason = chosen.unavailable()
+    if reason is not None:
+        raise BackendUnavailable(f"{chosen.name}: {reason}")
+    manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
+    pending = _Pending(model, manager, chosen, calibration, dynamic_batch, frontend, target)
+    if example_inputs is None:
+        return Compiled(None, pending)
+    return Compiled(pending.finish(example_inputs))
+
+
+def optimize(
+    model: nn.Module,
+    example_inputs: Any,
+    passes: Passes,
+    *,
+    calibration: Iterable[Any] | None = None,
+    target: Target | None = None,
+    verify: Verify = "numerics",
+    on_no_match: OnNoMatch = "warn",
+    on_failure: OnFailure = "rollback",
+    frontend: Frontend = "auto",
+) -> Program:
+    """Captures a model and runs the passes, without lowering: `program.module` is an `nn.Module` that trains.
+
+    Arguments and errors are those of `compile`.
+    """
+    manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
+    return manager.run(_capture(model, example_inputs, frontend=frontend, calibration=calibration, target=target))
+
+
+def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto") -> Program:
+    """Captures a model as a `Program`, and does nothing to it.
+
+    Raises:
+        InputError: if the inputs do not fit the model.
+        CaptureError: if no frontend can capture it, with the reason of each.
+    """
+    return _capture(model, example_inputs, frontend=frontend)
+
+
+def explain(
+    model: nn.Module | Program,
+    example_inputs: Any = None,
+    passes: Passes = "default",
+    *,
+    calibration: Iterable[Any] | None = None,
+    target: Target | None = None,
+    frontend: Frontend = "auto",
+) -> list[Plan]:
+    """What each pass would do and what it would leave alone, with reasons. Nothing is applied to the model or program.
+
+    Args:
+        model: the module, with its example inputs; or a captured program, without.
+        example_inputs: as for `compile`.
+        passes: as for `compile`.
+        calibration: as for `compile`.
+        target: as for `compile`.
+        frontend: as for `compile`.
+    """
+    manager = PassManager(passes)
+    if isinstance(model, Program):
+        return manager.explain(model)
+    return manager.explain(_capture(model, example_inputs, frontend=frontend, calibration=calibration, target=target))
+
+
+def load(path: str | Path) -> Compiled:
+    """Loads what `Compiled.save` wrote. Needs neither the model's class nor pickle.
+
+    Raises:
+        ArtifactError: if the folder is incomplete, altered, or not written by fxopt.
+        BackendUnavailable: if its backend cannot be used here.
+    """
+    directory = Path(path)
+    manifest = artifact.read(directory)
+    backend = make_backend(manifest.backend)
+    reason = backend.unavailable()
+    if reason is not None:
+        raise BackendUnavailable(f"{directory} needs the backend {backend.name}: {reason}")
+    engine = backend.load(directory, manifest)
+    return Compiled(_Finished(engine, backend, manifest.signature, manifest.report, manifest.target))
+
+
+@dataclass(frozen=True)
+class _Finished:
+    """An engine and all that is known about it."""
+
+    engine: Engine
+    backend: Backend
+    signature: Signature
+    report: Report
+    target: Target
+
+
+@dataclass(frozen=True)
+class _Pending:
+    """A compilation that has everything but its inputs."""
+
+    model: nn.Module
+    manager: PassManager
+    backend: Backend
+    calibration: Iterable[Any] | None
+    dynamic_batch: bool
+    frontend: Frontend
+    target: Target | None
+
+    def finish(self, example_inputs: Any) -> _Finished:
+        """Captures, rewrites, lowers, and compares the engine with the program."""
+        program = _capture(
+            self.model, example_inputs, frontend=self.frontend, calibration=self.calibration, target=self.target
+        )
+        if not self.backend.runs_training:
+            _refuse_training(program, self.backend)
+        program = self.manager.run(program)
+        engine = self.backend.lower(program, dynamic_batch=self.dynamic_batch)
+        report = program.report.copy()
+        report.notes += [str(note) for note in engine.info().get("notes", ())]
+        if self.manager.verify == "numerics":
+            _check_parity(program, engine, self.backend)
+        return _Finished(engine, self.backend, program.signature, report, program.target)
+
+
+def _refuse_training(program: Program, backend: Backend) -> None:
+    """An engine for inference must not be made from layers that would answer otherwise in training mode."""
+    for node in program.nodes:
+        module = program.module_of(node)
+        if module is not None and module.training and program.op(node) in _MODE_DEPENDENT:
+            raise BackendError(
+                f"{node.target} is in training mode, and {backend.name} runs inference: call model.eval() before compiling"
+            )
+
+
+def _check_parity(program: Program, engine: Engine, backend: Backend) -> None:
+    """Compares the engine with the program, on the example inputs and on another batch size if it takes any.
+
+    Raises:
+        BackendError: if they are further apart than rounding explains.
+    """
+    reference = Reference.of(program)
+    for inputs, expected in zip(reference.cases, reference.outputs, strict=True):
+        if inputs is not program.example_inputs and any(None not in spec.shape for spec in engine.inputs):
+            continue
+        difference = compare(expected, engine(*inputs))
+        if not difference.within(max(backend.tolerance, 10 * reference.tolerance)):
+            raise BackendError(
+                f"the {backend.name} engine answers differently from the program: {difference}. "
+                'Try backend="eager" to see whether the program is right, and report the model.'
+            )

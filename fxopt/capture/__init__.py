@@ -1,0 +1,231 @@
+"""Capture: `nn.Module` -> `Program`, by the frontend asked for or the first one that gives the model's own answers."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fxopt.capture.captured import Captured
+from fxopt.compare import compare, rounding_tolerance
+from fxopt.errors import CaptureError, InputError
+from fxopt.program import BatchAxis, Program
+from fxopt.sharing import share_module
+from fxopt.signature import Signature
+from fxopt.structure import flatten
+from fxopt.target import Target
+
+__all__ = ["Frontend", "capture"]
+
+_log = logging.getLogger(__name__)
+
+Frontend = Literal["auto", "symbolic", "export"]
+
+
+def capture(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    frontend: Frontend = "auto",
+    calibration: Iterable[Any] | None = None,
+    target: Target | None = None,
+) -> Program:
+    """Captures a model as a `Program`. The model itself is neither changed nor run: a copy is.
+
+    Args:
+        model: the module to capture, in the mode (training or evaluation), dtype and device that it is in.
+        example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or one tensor.
+        frontend: "symbolic" (torch.fx), "export" (torch.export), or "auto": symbolic, and export where that fails, answers
+            differently, or leaves calls opaque.
+        calibration: any iterable of batches, for passes that look at data.
+        target: where the engine will run; this machine's CPU by default.
+
+    Raises:
+        InputError: if the inputs do not fit the model.
+        CaptureError: if no frontend can capture it, with the reason of each.
+    """
+    if frontend not in ("auto", "symbolic", "export"):
+        raise InputError(f'frontend must be "auto", "symbolic" or "export", not {frontend!r}')
+    subject = _Subject.of(model, example_inputs)
+    reasons: list[str] = []
+    opaque_choice: Program | None = None
+    for name in ("symbolic", "export") if frontend == "auto" else (frontend,):
+        try:
+            captured, notes = _trace(name, subject)
+            program = _program(name, captured, subject, calibration, target)
+            _check_answers(program, subject)
+        except CaptureError as error:
+            reasons.append(f"{name}: {error}")
+            _log.info("capture by %s failed: %s", name, error)
+            continue
+        program.report.notes += [f"captured by {name}: {'; '.join(reasons)}"] if reasons else []
+        program.report.notes += notes
+        opaque = _opaque(program)
+        if frontend == "auto" and name == "symbolic" and opaque:
+            opaque_choice = program
+            reasons.append(f"symbolic leaves {', '.join(opaque)} opaque")
+            continue
+        return program
+    if opaque_choice is not None:
+        opaque_choice.report.notes.append(f"captured by symbolic with opaque calls: {'; '.join(reasons)}")
+        return opaque_choice
+    raise CaptureError("the model could not be captured. " + "; ".join(reasons))
+
+
+class _Subject(NamedTuple):
+    """A private copy of the model, how it is called, and what it answers."""
+
+    model: nn.Module
+    signature: Signature
+    inputs: tuple[torch.Tensor, ...]
+    batch: BatchAxis | None
+    cases: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]]
+    notes: list[str]
+
+    @classmethod
+    def of(cls, model: nn.Module, example_inputs: Any) -> _Subject:
+        private = _private_copy(model)
+        signature, inputs = Signature.of(private, example_inputs)
+        _check_devices(private, inputs)
+        inputs = tuple(tensor.detach() for tensor in inputs)
+        try:
+            answers = _answers(private, signature, inputs)
+        except InputError:
+            raise
+        except Exception as error:  # the model's own code refuses the inputs in its own way
+            raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
+        cases = [(inputs, answers)]
+        batch = _guess_batch(inputs)
+        notes: list[str] = []
+        if batch is not None:
+            other = 3 if batch.size == 2 else 2
+            resized = tuple(_resize(item, other) if at in batch.inputs else item for at, item in enumerate(inputs))
+            try:
+                cases.append((resized, _answers(private, signature, resized)))
+            except Exception as error:  # a model may be tied to its batch size in any way; the reason is kept
+                notes.append(f"the batch size is fixed at {batch.size}: the model fails on {other} ({_first_line(error)})")
+                batch = None
+        return cls(private, signature, inputs, batch, cases, notes)
+
+
+def _trace(name: str, subject: _Subject) -> tuple[Captured, list[str]]:
+    from fxopt.capture.functionalize import functionalize
+    from fxopt.capture.raising import raise_to_modules
+
+    if name == "export":
+        from fxopt.capture.export import trace_export
+
+        captured = trace_export(subject.model, subject.signature, subject.inputs, batch=subject.batch)
+        functionalize(captured.module)
+    else:
+        from fxopt.capture.standardize import standardize
+        from fxopt.capture.symbolic import trace_symbolic
+
+        model = standardize(share_module(subject.model))
+        captured = trace_symbolic(model, subject.signature, subject.inputs)
+        functionalize(captured.module)
+        raise_to_modules(captured.module, training=model.training, original=model)
+    return captured, ([captured.note] if captured.note else []) + subject.notes
+
+
+def _program(
+    name: str, captured: Captured, subject: _Subject, calibration: Iterable[Any] | None, target: Target | None
+) -> Program:
+    signature = subject.signature.with_outputs(captured.outputs)
+    _check_outputs(captured.module)
+    return Program(
+        captured.module,
+        signature,
+        subject.inputs,
+        frontend=name,
+        batch=subject.batch if captured.dynamic_batch else None,
+        calibration=calibration,
+        target=target,
+    )
+
+
+def _check_outputs(module: fx.GraphModule) -> None:
+    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+    if not isinstance(output.args[0], tuple | list) or not all(isinstance(item, fx.Node) for item in output.args[0]):
+        raise CaptureError(f"the outputs are not all tensors computed from the inputs: {output.args[0]!r}")
+
+
+def _check_answers(program: Program, subject: _Subject) -> None:
+    """The captured graph must answer like the model, on the example inputs and on another batch size."""
+    from fxopt.verify import seeded_run
+
+    cases = subject.cases if program.batch is not None else subject.cases[:1]
+    for inputs, expected in cases:
+        try:
+            outputs = seeded_run(program, inputs)
+        except Exception as error:  # burnt-in sizes make operators fail in their own ways
+            raise CaptureError(f"the captured graph fails on a batch of {_batch_size(inputs)}: {_first_line(error)}") from error
+        difference = compare(expected, outputs)
+        tolerance = rounding_tolerance((*subject.model.parameters(), *expected)) / 10
+        if not difference.within(tolerance):
+            raise CaptureError(f"the captured graph answers differently on a batch of {_batch_size(inputs)}: {difference}")
+
+
+def _opaque(program: Program) -> list[str]:
+    from fxopt.capture.symbolic import opaque_calls
+
+    return opaque_calls(program.module)
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError("a TorchScript module holds no Python code to trace: capture the nn.Module it was made from")
+    if not isinstance(model, nn.Module):
+        raise InputError(f"model must be an nn.Module, not {type(model).__name__}")
+    model = getattr(model, "_orig_mod", model)
+    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    lazy = [name for name, item in model.named_parameters() if nn.parameter.is_lazy(item)]
+    if lazy:
+        raise InputError(f"{lazy[0]} is not initialised yet: call the model once, then capture it")
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError) as error:
+        raise CaptureError(f"the model cannot be copied, and fxopt never works on yours: {error}") from error
+
+
+def _check_devices(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    for tensor in inputs:
+        if devices and tensor.ndim and tensor.device not in devices:
+            held = ", ".join(sorted(map(str, devices)))
+            raise InputError(f"an example input is on {tensor.device}, the model on {held}: move one to the other")
+
+
+def _answers(model: nn.Module, signature: Signature, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """The model's flat outputs, with a fixed random state; in training mode a copy runs, since buffers change."""
+    args, kwargs = signature.call_arguments([tensor.clone() for tensor in inputs])
+    runner = copy.deepcopy(model) if model.training else model
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return flatten(runner(*args, **kwargs))[0]
+
+
+def _guess_batch(inputs: tuple[torch.Tensor, ...]) -> BatchAxis | None:
+    """Axis 0 of the first input that has one, and of all inputs that agree with it in size."""
+    size = next((tensor.shape[0] for tensor in inputs if tensor.ndim), 0)
+    indices = tuple(index for index, tensor in enumerate(inputs) if tensor.ndim and tensor.shape[0] == size)
+    return BatchAxis(indices, size) if size else None
+
+
+def _resize(tensor: torch.Tensor, size: int) -> torch.Tensor:
+    """The first `size` entries, repeated as needed, in another order, so that no entry is answered by its place alone."""
+    picks = torch.arange(size, device=tensor.device) % tensor.shape[0]
+    return tensor[picks.flip(0)]
+
+
+def _batch_size(inputs: tuple[torch.Tensor, ...]) -> str:
+    return str(next((tensor.shape[0] for tensor in inputs if tensor.ndim), "no axis"))
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__

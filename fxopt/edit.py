@@ -1,0 +1,253 @@
+"""The one door for changes: the only functions that edit a program's graph or its tensors.
+
+Every edit counts (`Program.edits`), drops the program's analyses, and keeps the graph legal:
+a module gets a fresh path unless it replaces one that nobody else calls, a tensor is assigned and never written into, and a
+module that is called at several places is cloned before one of the calls is changed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxopt.errors import InputError
+from fxopt.program import Program
+from fxopt.sharing import share_module
+
+__all__ = ["bypass", "clean", "insert_after", "insert_before", "insert_tensor", "replace", "set_arguments", "set_tensor"]
+
+Target = nn.Module | Callable[..., Any] | str
+
+
+def insert_before(
+    program: Program,
+    anchor: fx.Node,
+    target: Target,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+) -> fx.Node:
+    """Adds a node in front of `anchor`.
+
+    Args:
+        program: the program to edit.
+        anchor: the node in front of which the new one runs.
+        target: a module, a function, or the name of a tensor method.
+        args: arguments; nodes or constants.
+        kwargs: keyword arguments.
+        name: suggested name for the node, and path for a module; made unique.
+
+    Returns:
+        The new node.
+    """
+    with program.graph.inserting_before(anchor):
+        node = _create(program, target, args, kwargs or {}, name)
+    program._changed()
+    return node
+
+
+def insert_after(
+    program: Program,
+    anchor: fx.Node,
+    target: Target,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    name: str | None = None,
+) -> fx.Node:
+    """Adds a node behind `anchor` that takes its value and gives its own to all of the former users.
+
+    Args:
+        program: the program to edit.
+        anchor: the node whose value is changed on the way.
+        target: a module, a function, or the name of a tensor method.
+        args: arguments; `(anchor,)` by default.
+        kwargs: keyword arguments.
+        name: suggested name for the node, and path for a module; made unique.
+
+    Returns:
+        The new node.
+    """
+    users = list(anchor.users)
+    with program.graph.inserting_after(anchor):
+        node = _create(program, target, (anchor,) if args is None else args, kwargs or {}, name)
+    for user in users:
+        user.replace_input_with(anchor, node)
+    program._changed()
+    return node
+
+
+def replace(
+    program: Program,
+    node: fx.Node,
+    target: Target,
+    args: Sequence[Any] | None = None,
+    kwargs: Mapping[str, Any] | None = None,
+) -> fx.Node:
+    """Puts another call in the place of `node`.
+
+    A module that replaces a module nobody else calls takes over its path, so that parameters keep their names.
+
+    Args:
+        program: the program to edit.
+        node: the node to replace; it is removed.
+        target: a module, a function, or the name of a tensor method.
+        args: arguments; those of `node` by default.
+        kwargs: keyword arguments; those of `node` if `args` is not given either.
+
+    Returns:
+        The new node.
+    """
+    if kwargs is None:
+        kwargs = node.kwargs if args is None else {}
+    args = node.args if args is None else args
+    if isinstance(target, nn.Module) and len(program.callers(node)) == 1 and not _read_inside(program, str(node.target)):
+        program._module.set_submodule(str(node.target), target)
+        target.train(program.training)
+        node.args, node.kwargs = tuple(args), dict(kwargs)
+        program._changed()
+        return node
+    with program.graph.inserting_before(node):
+        new = _create(program, target, args, kwargs, node.name)
+    node.replace_all_uses_with(new)
+    program.graph.erase_node(node)
+    program._changed()
+    return new
+
+
+def bypass(program: Program, node: fx.Node, source: fx.Node) -> None:
+    """Removes `node`; its users take the value of `source` instead."""
+    node.replace_all_uses_with(source)
+    program.graph.erase_node(node)
+    program._changed()
+
+
+def set_arguments(program: Program, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
+    """Gives `node` other arguments; what it calls stays."""
+    node.args, node.kwargs = tuple(args), dict(kwargs or {})
+    program._changed()
+
+
+def set_tensor(program: Program, node: fx.Node, name: str, value: torch.Tensor | None) -> None:
+    """Gives the module called at `node` another parameter or buffer.
+
+    A parameter stays a parameter (with the old `requires_grad`), a buffer a buffer. The module object and its tensors are not
+    written into; a module that other nodes call too is cloned for this node first.
+
+    Args:
+        program: the program to edit.
+        node: a `call_module` node.
+        name: attribute of the module, such as "weight".
+        value: the new tensor, or None to remove it. A name that was None before becomes a parameter.
+
+    Raises:
+        InputError: if the module has no such parameter or buffer.
+    """
+    module = program.module_of(node)
+    if module is None or (name not in module._parameters and name not in module._buffers):
+        raise InputError(f"{node.name} calls no module with a parameter or buffer {name!r}")
+    private = share_module(module)
+    if name in module._buffers or value is None:
+        setattr(private, name, value)
+    else:
+        old = module._parameters[name]
+        trains = value.is_floating_point() if old is None else old.requires_grad
+        setattr(private, name, nn.Parameter(value.detach(), requires_grad=trains))
+    if len(program.callers(node)) > 1 or _read_inside(program, str(node.target)):
+        node.target = _attach(program, private, str(node.target))
+    else:
+        program._module.set_submodule(str(node.target), private)
+    program._changed()
+
+
+def insert_tensor(
+    program: Program, anchor: fx.Node, value: torch.Tensor, *, name: str, trains: bool = False
+) -> fx.Node:
+    """Adds a node in front of `anchor` that reads a tensor of the program's own.
+
+    Args:
+        program: the program to edit.
+        anchor: the node in front of which it stands.
+        value: the tensor; held as a parameter if it `trains`, else as a buffer.
+        name: suggested path; made unique.
+        trains: whether it is a trainable parameter.
+
+    Returns:
+        The new `get_attr` node.
+    """
+    path = _free_path(program._module, name)
+    owner, _, attribute = path.rpartition(".")
+    if owner and not _exists(program._module, owner):
+        program._module.add_submodule(owner, nn.Module())
+    holder = program._module.get_submodule(owner)
+    if trains:
+        holder.register_parameter(attribute, nn.Parameter(value.detach()))
+    else:
+        holder.register_buffer(attribute, value.detach())
+    with program.graph.inserting_before(anchor):
+        node = program.graph.get_attr(path)
+    program._changed()
+    return node
+
+
+def clean(program: Program) -> None:
+    """Removes nodes whose values nobody uses, and modules and tensors that no node uses."""
+    before = len(program.graph.nodes)
+    program.graph.eliminate_dead_code()
+    program._module.delete_all_unused_submodules()
+    _drop_unread_tensors(program)
+    if len(program.graph.nodes) != before:
+        program._changed()
+
+
+def _create(program: Program, target: Target, args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None) -> fx.Node:
+    if isinstance(target, nn.Module):
+        target.train(program.training)
+        path = _attach(program, target, (name or type(target).__name__.lower()))
+        return program.graph.call_module(path, tuple(args), dict(kwargs))
+    kind = "call_method" if isinstance(target, str) else "call_function"
+    return program.graph.create_node(kind, target, tuple(args), dict(kwargs), name=name)
+
+
+def _attach(program: Program, module: nn.Module, path: str) -> str:
+    """Registers a module under `path`, or the first free path like it."""
+    fresh = _free_path(program._module, path)
+    program._module.add_submodule(fresh, module)
+    return fresh
+
+
+def _free_path(root: nn.Module, path: str) -> str:
+    fresh, number = path, 1
+    while _exists(root, fresh):
+        fresh, number = f"{path}_{number}", number + 1
+    return fresh
+
+
+def _exists(root: nn.Module, path: str) -> bool:
+    owner: Any = root
+    for part in path.split("."):
+        if not hasattr(owner, part):
+            return False
+        owner = getattr(owner, part)
+    return True
+
+
+def _read_inside(program: Program, path: str) -> bool:
+    """Whether a `get_attr` node reads a tensor of the module at `path`."""
+    return any(node.op == "get_attr" and str(node.target).startswith(f"{path}.") for node in program.graph.nodes)
+
+
+def _drop_unread_tensors(program: Program) -> None:
+    """Parameters and buffers outside of called modules that no `get_attr` node reads."""
+    called = {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
+    read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
+    for path, module in list(program._module.named_modules()):
+        if any(path == item or path.startswith(f"{item}.") for item in called):
+            continue
+        for tensors in (module._parameters, module._buffers):
+            for name in [name for name in tensors if (f"{path}.{name}" if path else name) not in read]:
+                del tensors[name]

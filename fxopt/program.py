@@ -1,0 +1,251 @@
+"""The intermediate representation: a private flat graph, and what is known about the model it came from."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple, TypeVar, cast
+
+import torch
+from torch import fx, nn
+from torch.fx.graph import CodeGen
+
+from fxopt.codegen import StructuredCodeGen
+from fxopt.errors import InputError
+from fxopt.ops import Call, resolve
+from fxopt.report import Cost, Report
+from fxopt.sharing import share_module
+from fxopt.signature import Signature
+from fxopt.target import Target
+
+__all__ = ["BatchAxis", "Program"]
+
+T = TypeVar("T")
+
+
+class BatchAxis(NamedTuple):
+    """Which flat inputs carry the batch on axis 0, and the batch size of the example."""
+
+    inputs: tuple[int, ...]
+    size: int
+
+
+class Program:
+    """A captured model: a flat `fx.Graph` over modules that sit at their original paths.
+
+    Placeholders are tensors (targets `signature.names`), the output is a tuple of tensors, parameters live in modules, everything
+    else is a function call. A program is private: it shares no module with the caller's model. Its tensors are immutable for
+    passes, which is why copies share them; only training the `module` writes into them.
+
+    Attributes:
+        signature: how the model is called, and what it returns.
+        example_inputs: flat tensors, as given at capture.
+        calibration: the caller's iterable of batches, or None.
+        target: where the engine will run.
+        batch: the batch axis, or None if the batch size is fixed.
+        properties: what passes have established ("quantized", ...); see `Pass.provides`.
+        report: what the passes run so far have done.
+        frontend: which frontend captured it, "symbolic" or "export".
+    """
+
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        signature: Signature,
+        example_inputs: tuple[torch.Tensor, ...],
+        *,
+        frontend: str,
+        batch: BatchAxis | None = None,
+        calibration: Iterable[Any] | None = None,
+        target: Target | None = None,
+    ) -> None:
+        module.graph.set_codegen(StructuredCodeGen(signature))
+        self._module = module
+        self._stale = True
+        self._edits = 0
+        self._analyses: dict[Callable[[Program], Any], Any] = {}
+        self.signature = signature
+        self.example_inputs = example_inputs
+        self.frontend = frontend
+        self.batch = batch
+        self.calibration = calibration
+        self.target = target or Target.detect()
+        self.properties: frozenset[str] = frozenset()
+        self.report = Report()
+
+    @property
+    def module(self) -> fx.GraphModule:
+        """An `nn.Module` called like the model, with the model's parameter names. It trains."""
+        if self._stale:
+            self._module.recompile()
+            self._stale = False
+        return self._module
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The flat graph. Change it through `fxopt.edit` only."""
+        return self._module.graph
+
+    @property
+    def nodes(self) -> list[fx.Node]:
+        """All nodes in execution order: a list of its own, safe to edit under."""
+        return list(self.graph.nodes)
+
+    @property
+    def training(self) -> bool:
+        """Whether the model was captured in training mode."""
+        return self._module.training
+
+    @property
+    def edits(self) -> int:
+        """How many times the graph or its tensors were edited since capture."""
+        return self._edits
+
+    def node(self, name: str) -> fx.Node:
+        """The node of that name.
+
+        Raises:
+            InputError: if there is none.
+        """
+        for node in self.graph.nodes:
+            if node.name == name:
+                return node
+        raise InputError(f"the program has no node {name!r}")
+
+    def op(self, node: fx.Node) -> str:
+        """Canonical operator name of a node: "relu", "placeholder", "unknown:some.function"."""
+        return self.call(node).op
+
+    def call(self, node: fx.Node) -> Call:
+        """What a node calls: canonical name, named arguments, module."""
+        return resolve(node, self.module_of(node))
+
+    def module_of(self, node: fx.Node) -> nn.Module | None:
+        """The module that a `call_module` node calls; None for other nodes."""
+        return self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+    def tensor_of(self, node: fx.Node) -> torch.Tensor | None:
+        """The parameter or buffer that a `get_attr` node reads; None for other nodes."""
+        if node.op != "get_attr":
+            return None
+        owner, _, name = str(node.target).rpartition(".")
+        return cast(torch.Tensor, getattr(self._module.get_submodule(owner), name))
+
+    def callers(self, node: fx.Node) -> list[fx.Node]:
+        """All nodes that call the same module as `node`, itself included."""
+        module = self.module_of(node)
+        return [other for other in self.graph.nodes if module is not None and self.module_of(other) is module]
+
+    def analysis(self, function: Callable[[Program], T]) -> T:
+        """The result of an analysis, computed once and kept until the next edit."""
+        if function not in self._analyses:
+            self._analyses[function] = function(self)
+        return cast(T, self._analyses[function])
+
+    def cost(self) -> Cost:
+        """Parameters, multiply-accumulates at the example's sizes, and bytes of parameters and buffers."""
+        from fxopt.analysis.costs import total_cost
+
+        return self.analysis(total_cost)
+
+    def text(self) -> str:
+        """The program as deterministic text, one line per node."""
+        from fxopt.analysis.text import render
+
+        return self.analysis(render)
+
+    def flat_module(self) -> fx.GraphModule:
+        """The same graph called flatly: tensors in, tuple of tensors out. Shares the tensors, not the modules."""
+        module = _share(self._module, self.graph)
+        module.graph.set_codegen(CodeGen())
+        module.recompile()
+        return module
+
+    def run(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Runs the graph eagerly on flat inputs, without gradients; buffers are left as they are.
+
+        In training mode the outputs may be random: seed the generator to compare two runs.
+        """
+        module = self.flat_module()
+        if self.training:
+            module = copy.deepcopy(module)
+        # a model may write into its input: it gets a copy of its own
+        private = [tensor.detach().clone() for tensor in inputs]
+        with torch.no_grad():
+            return tuple(module(*private))
+
+    def inputs_with_batch(self, size: int | None = None, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
+        """Fresh random flat inputs like the example's: same dtypes, devices and value ranges.
+
+        Args:
+            size: batch size for the inputs that carry the batch; None, or a fixed batch, keeps the example's.
+            seed: of the generator.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        batched = self.batch.inputs if self.batch is not None and size is not None else ()
+        return tuple(
+            _random_like(tensor, size if index in batched else None, generator)
+            for index, tensor in enumerate(self.example_inputs)
+        )
+
+    def copy(self) -> Program:
+        """An independent program that shares all tensors with this one. Costs O(nodes)."""
+        clone = object.__new__(Program)
+        clone.__dict__.update(self.__dict__)
+        clone._module = _share(self._module, self.graph)
+        clone._module.graph.set_codegen(StructuredCodeGen(self.signature))
+        clone._stale = True
+        clone._analyses = dict(self._analyses)
+        clone.report = self.report.copy()
+        return clone
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def __repr__(self) -> str:
+        inputs = ", ".join(self.signature.names)
+        return f"<Program({inputs}) of {len(self.graph.nodes)} nodes, captured by {self.frontend}>"
+
+    def _changed(self) -> None:
+        """Called by `fxopt.edit` after every edit."""
+        self._edits += 1
+        self._stale = True
+        self._analyses.clear()
+
+
+def _share(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
+    """A new graph module with copies of the nodes and of the module objects, and the same tensors."""
+    private = fx.Graph()
+    output = private.graph_copy(graph, val_map := {}, return_output_node=True)
+    value = output[0] if isinstance(output, tuple) else output
+    private.output(value)
+    for node, twin in val_map.items():
+        twin.meta = dict(node.meta)
+    shared = fx.GraphModule(share_module(module), private, class_name="Program")
+    shared.train(module.training)
+    _restore_modes(shared, module)
+    return shared
+
+
+def _restore_modes(shared: nn.Module, original: nn.Module) -> None:
+    """Leaf modules may be in another mode than the whole (a frozen BatchNorm in a model that trains)."""
+    modes = {name: child.training for name, child in original.named_modules()}
+    for name, child in shared.named_modules():
+        child.training = modes.get(name, child.training)
+
+
+def _random_like(tensor: torch.Tensor, size: int | None, generator: torch.Generator) -> torch.Tensor:
+    shape = tuple(tensor.shape) if size is None or not tensor.ndim else (size, *tensor.shape[1:])
+    sample = tensor.detach().cpu()
+    if tensor.is_floating_point():
+        values = sample.double()
+        finite = values[values.isfinite()]
+        spread = float(finite.std()) if finite.numel() > 1 else 0.0
+        center = float(finite.mean()) if finite.numel() else 0.0
+        drawn = torch.randn(shape, generator=generator, dtype=torch.float64) * (spread or 1.0) + center
+    elif tensor.is_complex() or not tensor.numel():
+        drawn = torch.zeros(shape, dtype=tensor.dtype)
+    else:
+        picks = torch.randint(0, tensor.numel(), shape, generator=generator)
+        drawn = sample.reshape(-1)[picks]
+    return drawn.to(dtype=tensor.dtype, device=tensor.device)

@@ -1,0 +1,163 @@
+"""Names of passes, backends and pipelines. All of them, the built-in ones too, come from entry points.
+
+Three groups: `fxopt.passes` and `fxopt.backends` name classes; `fxopt.pipelines` names sequences of pass specs, such as "default".
+Listing imports every plugin; a broken one is named in a warning and left out. Looking a name up imports that one alone.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from importlib.metadata import EntryPoint, entry_points
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fxopt.errors import RegistryError
+from fxopt.passes_base import Pass
+from fxopt.spec import configure, parse_spec
+
+if TYPE_CHECKING:
+    from fxopt.backend import Backend
+
+__all__ = ["BrokenPluginWarning", "Step", "backends", "find_backend", "make_backend", "make_pass", "make_steps", "passes", "pipelines"]
+
+_PASSES, _BACKENDS, _PIPELINES = "fxopt.passes", "fxopt.backends", "fxopt.pipelines"
+_SINGULAR = {_PASSES: "pass", _BACKENDS: "backend", _PIPELINES: "pipeline"}
+
+
+class BrokenPluginWarning(UserWarning):
+    """A plugin could not be imported, or two plugins claim one name."""
+
+
+class Step(NamedTuple):
+    """A pass to run.
+
+    Attributes:
+        pass_: the configured pass.
+        explicit: whether the user asked for this pass, rather than for a pipeline that holds it; only then is it worth a
+            warning that it found nothing to do.
+    """
+
+    pass_: Pass
+    explicit: bool
+
+
+def passes() -> Mapping[str, type[Pass]]:
+    """All registered passes that import, by name."""
+    return _load_all(_PASSES)
+
+
+def backends() -> Mapping[str, type[Backend]]:
+    """All registered backends that import, by name."""
+    return _load_all(_BACKENDS)
+
+
+def pipelines() -> Mapping[str, tuple[str, ...]]:
+    """All registered pipelines: name -> pass specs."""
+    return _load_all(_PIPELINES)
+
+
+def make_pass(spec: str) -> Pass:
+    """The pass that a spec string describes.
+
+    Raises:
+        RegistryError: if the spec does not parse, or its name is not registered, or registered twice.
+
+    >>> str(make_pass("fold_batch_norm"))
+    'fold_batch_norm'
+    """
+    name, options = parse_spec(spec)
+    made: Pass = configure(_load(_find(_PASSES, name)), options)
+    return made
+
+
+def make_steps(wanted: str | Pass | Iterable[str | Pass]) -> list[Step]:
+    """The passes to run, with pipelines spelled out.
+
+    Args:
+        wanted: a pass, a spec string, the name of a pipeline, or a sequence of these.
+
+    Raises:
+        RegistryError: for a name or spec that is not known.
+    """
+    steps: list[Step] = []
+    for item in (wanted,) if isinstance(wanted, str | Pass) else wanted:
+        if isinstance(item, Pass):
+            steps.append(Step(item, explicit=True))
+        elif not isinstance(item, str):
+            raise RegistryError(f"a pass must be a Pass or a spec string, not {item!r}")
+        elif item.strip() in _by_name(_PIPELINES):
+            specs = _load(_find(_PIPELINES, item.strip()))
+            steps += [Step(make_pass(spec), explicit=False) for spec in specs]
+        else:
+            steps.append(Step(make_pass(item), explicit=True))
+    return steps
+
+
+def find_backend(name: str) -> type[Backend]:
+    """The backend class of that name.
+
+    Raises:
+        RegistryError: if it is not registered, or registered twice.
+    """
+    found: type[Backend] = _load(_find(_BACKENDS, name))
+    return found
+
+
+def make_backend(wanted: str | Backend) -> Backend:
+    """The backend that a spec string describes; a backend passes through."""
+    if not isinstance(wanted, str):
+        return wanted
+    name, options = parse_spec(wanted)
+    made: Backend = configure(find_backend(name), options)
+    return made
+
+
+def _by_name(group: str) -> dict[str, list[EntryPoint]]:
+    found: dict[str, list[EntryPoint]] = {}
+    for entry in entry_points(group=group):
+        found.setdefault(entry.name, []).append(entry)
+    return found
+
+
+def _find(group: str, name: str) -> EntryPoint:
+    known = _by_name(group)
+    if name not in known:
+        kind = group.partition(".")[2]
+        choices = sorted(known) + (sorted(_by_name(_PIPELINES)) if group == _PASSES else [])
+        hint = f"known {kind}: {', '.join(choices)}" if choices else "none are registered: install fxopt with pip"
+        raise RegistryError(f"no {_SINGULAR[group]} named {name!r}; {hint}")
+    if len(known[name]) > 1:
+        raise RegistryError(_duplicate(name, known[name]))
+    return known[name][0]
+
+
+def _load(entry: EntryPoint) -> Any:
+    try:
+        return entry.load()
+    except Exception as error:  # a plugin may fail to import in any way: it is named, with the cause
+        raise RegistryError(
+            f"{entry.name!r} of the distribution {_distribution(entry)} cannot be imported ({type(error).__name__}: {error}); "
+            "reinstall or remove that package"
+        ) from error
+
+
+def _load_all(group: str) -> dict[str, Any]:
+    loaded: dict[str, Any] = {}
+    for name, entries in sorted(_by_name(group).items()):
+        if len(entries) > 1:
+            warnings.warn(_duplicate(name, entries), BrokenPluginWarning, stacklevel=3)
+            continue
+        try:
+            loaded[name] = _load(entries[0])
+        except RegistryError as error:
+            warnings.warn(f"skipped {error}", BrokenPluginWarning, stacklevel=3)
+    return loaded
+
+
+def _duplicate(name: str, entries: list[EntryPoint]) -> str:
+    owners = " and ".join(sorted(_distribution(entry) for entry in entries))
+    return f"the name {name!r} is registered by {owners}: uninstall one of them"
+
+
+def _distribution(entry: EntryPoint) -> str:
+    return entry.dist.name if entry.dist is not None else entry.value

@@ -1,0 +1,30 @@
+"""Copies of modules that share their tensors. Tensors are immutable for passes, so a copy of a program costs no memory."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import fx, nn
+
+__all__ = ["share_module"]
+
+
+def share_module(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
+    """A copy of a tree of modules: new module objects, the same parameter and buffer objects.
+
+    Args:
+        module: the root; an `fx.GraphModule` becomes a plain module without its graph.
+        memo: copies made so far by identity, so that a module used twice stays one module.
+    """
+    memo = {} if memo is None else memo
+    if id(module) in memo:
+        return memo[id(module)]
+    clone = nn.Module.__new__(nn.Module if isinstance(module, fx.GraphModule) else type(module))
+    memo[id(module)] = clone
+    for name, value in module.__dict__.items():
+        # containers are copied, so that an assignment to the copy never shows in the original
+        clone.__dict__[name] = copy.copy(value) if isinstance(value, dict | list | set) else value
+    clone.__dict__["_modules"] = {
+        name: None if child is None else share_module(child, memo) for name, child in module._modules.items()
+    }
+    return clone

@@ -1,0 +1,130 @@
+"""The proofs: that a program is well formed after a pass, and that an exact pass changed no output."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from fxopt.analysis.shapes import shapes
+from fxopt.compare import Difference, compare, rounding_tolerance, worst
+from fxopt.program import Program
+
+__all__ = ["Reference", "check_structure", "in_double"]
+
+
+class Reference(NamedTuple):
+    """What a program answers on the inputs that it is judged by.
+
+    Attributes:
+        cases: flat inputs: the example's own, and fresh random ones at another batch size.
+        outputs: flat outputs for each case.
+        tolerance: relative error that rounding may cause.
+        notes: what could not be tried, and why.
+    """
+
+    cases: tuple[tuple[torch.Tensor, ...], ...]
+    outputs: tuple[tuple[torch.Tensor, ...], ...]
+    tolerance: float
+    notes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, program: Program) -> Reference:
+        """Runs the program on the example inputs, and on random inputs at another batch size."""
+        fresh = program.inputs_with_batch(other_batch_size(program), seed=1)
+        tensors = (*program.module.parameters(), *program.example_inputs)
+        outputs = seeded_run(program, program.example_inputs)
+        tolerance = rounding_tolerance((*tensors, *outputs))
+        try:
+            return cls((program.example_inputs, fresh), (outputs, seeded_run(program, fresh)), tolerance)
+        except Exception as error:  # a model may refuse values in any way of its own: the reason is kept
+            note = f"random inputs were not tried: the model refuses them ({_first_line(error)})"
+            return cls((program.example_inputs,), (outputs,), tolerance, (note,))
+
+    def after(self, program: Program) -> Reference:
+        """The reference for the next pass: what `program` answers on the same inputs."""
+        return self._replace(outputs=tuple(seeded_run(program, inputs) for inputs in self.cases))
+
+    def difference(self, program: Program) -> Difference:
+        """How far the program's outputs are from these, the worst over all cases."""
+        found = []
+        for inputs, expected in zip(self.cases, self.outputs, strict=True):
+            found.append(compare(expected, seeded_run(program, inputs)))
+        return worst(found)
+
+
+def other_batch_size(program: Program) -> int | None:
+    """A batch size other than the example's; None if the batch is fixed."""
+    if program.batch is None:
+        return None
+    return 3 if program.batch.size == 2 else 2
+
+
+def seeded_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """Runs the program with a fixed random state, so that two runs in training mode can be compared."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return program.run(*inputs)
+
+
+def check_structure(before: Program, after: Program) -> str | None:
+    """What is malformed in `after`, a rewritten `before`; None if nothing is.
+
+    Checked: the graph's own rules, that inputs and output types are unchanged, that every tensor is used, and that no new
+    tensor holds NaN or infinity.
+    """
+    return next(_problems(before, after), None)
+
+
+def _problems(before: Program, after: Program) -> Iterator[str]:
+    try:
+        after.graph.lint()
+    except RuntimeError as error:
+        yield f"the graph is not well formed: {error}"
+        return
+    if _inputs(after) != _inputs(before):
+        yield f"the inputs became {_inputs(after)}, they were {_inputs(before)}"
+    try:
+        known = after.analysis(shapes)
+    except Exception as error:  # any operator may refuse its operands in its own way: the reason is kept
+        yield f"an operator refuses its operands: {_first_line(error)}"
+        return
+    expected = before.analysis(shapes)[_output(before)]
+    if known[_output(after)] != expected:
+        yield f"the outputs became {known[_output(after)]}, they were {expected}"
+    old = {id(tensor) for tensor in (*before.module.parameters(), *before.module.buffers())}
+    for name, tensor in (*after.module.named_parameters(), *after.module.named_buffers()):
+        if id(tensor) not in old and tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            yield f"{name} holds NaN or infinity"
+
+
+def in_double(program: Program) -> Program:
+    """A copy in float64: there an exact rewrite is exact to 1e-9, and what float32 showed was rounding if it was no error."""
+    clone = program.copy()
+    module = copy.deepcopy(clone.module).double()
+    inputs = tuple(item.double() if item.is_floating_point() else item for item in program.example_inputs)
+    double = Program(
+        module,
+        program.signature,
+        inputs,
+        frontend=program.frontend,
+        batch=program.batch,
+        calibration=program.calibration,
+        target=program.target,
+    )
+    double.properties = program.properties
+    return double
+
+
+def _inputs(program: Program) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if node.op == "placeholder"]
+
+
+def _output(program: Program) -> str:
+    return next(node.name for node in reversed(program.graph.nodes) if node.op == "output")
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
