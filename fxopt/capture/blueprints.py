@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
+import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
 __all__ = ["Blueprint", "blueprint"]
@@ -22,6 +22,7 @@ _CONV_TRANSPOSE = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTrans
 # An activation of rank 2 or 3 is what BatchNorm1d takes; the other classes take one rank each.
 _BATCH_NORM = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 _INSTANCE_NORM = {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}
+_TENSORS = ("weight", "bias", "running_mean", "running_var")
 _FEATURE_DROPOUT = {3: nn.Dropout1d, 4: nn.Dropout2d, 5: nn.Dropout3d}
 
 
@@ -63,7 +64,7 @@ def blueprint(
     Args:
         node: any node of a graph.
         shape_of: shape of the tensor behind a get_attr node.
-        input_shape: shape of the call's first input as far as it is known, None per unknown size, None if its rank is unknown.
+        input_shape: shape of the call's first input, None per unknown size; None if its rank is unknown.
     """
     if node.op != "call_function":
         return None
@@ -72,12 +73,20 @@ def blueprint(
         return None
     names, defaults, rule = entry
     arguments = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+    if not all(_is_attribute(arguments.get(name)) for name in _TENSORS):
+        return None
     rank = None if input_shape is None else len(input_shape)
     channels = input_shape[1] if input_shape is not None and len(input_shape) > 1 else None
     found = rule(_Call(arguments, shape_of, rank, channels))
-    if found is None or not isinstance(found.input, fx.Node) or _holds_node(tuple(found.attributes.values())):
+    if found is None or _holds_node(tuple(found.attributes.values())):
         return None
-    return found
+    source: Any = found.input
+    return found if isinstance(source, fx.Node) else None
+
+
+def _is_attribute(value: Any) -> bool:
+    """Whether an argument is absent, or read from the model rather than computed."""
+    return value is None or (isinstance(value, fx.Node) and value.op == "get_attr")
 
 
 def _holds_node(values: Any) -> bool:
@@ -332,9 +341,11 @@ def _builtins() -> dict[Any, _Entry]:
         F.linear: (plain[:3], {"bias": None}, _linear),
         F.prelu: (plain[:2], {}, _prelu),
     }
-    for rank, function in {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}.items():
+    convolutions: dict[int, Any] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+    upsampling: dict[int, Any] = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+    for rank, function in convolutions.items():
         entries[function] = (plain, defaults, _convolution(rank))
-    for rank, function in {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}.items():
+    for rank, function in upsampling.items():
         entries[function] = (transposed, defaults | {"output_padding": 0}, _convolution(rank, transposed=True))
     return entries
 

@@ -1,14 +1,13 @@
 """The `export` frontend: `torch.export`, flattened, under the model's own names, raised back to modules.
 
-It takes models whose `forward` branches on shapes, which `torch.fx` cannot trace. What export adds is undone here: the wrapper's
-prefix, lifted constants, assertions, the subgraphs of `no_grad` and of disabled `autocast`.
+It takes models whose `forward` branches on shapes, which `torch.fx` cannot trace. What export adds is undone here: the
+wrapper's prefix, lifted constants, assertions, the subgraphs of `no_grad` and of disabled `autocast`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import operator
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture.captured import Captured
+from fxopt.capture.hierarchy import find, install, is_persistent
 from fxopt.capture.raising import raise_to_modules
 from fxopt.errors import CaptureError
 from fxopt.program import BatchAxis
@@ -53,12 +53,13 @@ def trace_export(
     """
     outputs: list[Structure] = []
     wrapper = _Flat(model, signature, outputs.append)
-    with _tracing(model):
+    with _tracing():
         program, dynamic, note = _export(wrapper, tuple(example_inputs), batch)
         exported = program.module(check_guards=False)
     graph = fx.Graph()
-    _Transcription(graph, exported, signature.names).run()
-    module = _assemble(exported, graph, type(model).__name__)
+    transcription = _Transcription(graph, exported, signature.names, model)
+    transcription.run()
+    module = _assemble(graph, transcription.tensors, model)
     _drop_lifting(module)
     raise_to_modules(module, training=model.training, original=model)
     for node in graph.nodes:
@@ -87,8 +88,8 @@ class _Flat(nn.Module):
 
 
 @contextlib.contextmanager
-def _tracing(model: nn.Module) -> Iterator[None]:
-    """Makes what is traced independent of where capture is called, and undoes what tracing leaves on the model."""
+def _tracing() -> Iterator[None]:
+    """Makes what is traced independent of where capture is called."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -121,7 +122,7 @@ def _export(
 
 
 def _tiled(inputs: tuple[torch.Tensor, ...], batch: BatchAxis) -> tuple[torch.Tensor, ...]:
-    """The inputs with their batch repeated until no other axis has its size: export would take 0 and 1 for constants."""
+    """The inputs, their batch repeated until no other axis has its size: export takes 0 and 1 for constants."""
     others = {size for index, tensor in enumerate(inputs) for size in tensor.shape[index in batch.inputs :]}
     if batch.size == 0:
         return inputs
@@ -141,9 +142,7 @@ def _fixed_batch(program: torch.export.ExportedProgram, batch: BatchAxis) -> str
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
     for index in batch.inputs:
         value = placeholders[index].meta["val"]
-        if not isinstance(value, torch.Tensor):
-            continue
-        size = value.shape[0]
+        size: Any = value.shape[0]
         if not isinstance(size, torch.SymInt):
             return f"the model was traced for a batch of {size} only: a value in it depends on the batch size"
         if not size.node.expr.is_Symbol:
@@ -160,10 +159,13 @@ def _reason(error: BaseException) -> str:
 class _Transcription:
     """Copies an exported graph into a plain one: named placeholders, no checks, subgraphs inlined, original paths."""
 
-    def __init__(self, graph: fx.Graph, exported: fx.GraphModule, names: Sequence[str]) -> None:
+    def __init__(self, graph: fx.Graph, exported: fx.GraphModule, names: Sequence[str], model: nn.Module) -> None:
         self.graph = graph
         self.exported = exported
         self.names = names
+        self.tensors: dict[str, torch.Tensor] = {}  # by path: what the graph reads
+        # A tensor that the model holds under several names is known by the first, as in named_parameters().
+        self.paths = {id(tensor): path for path, tensor in (*model.named_buffers(), *model.named_parameters())}
 
     def run(self) -> None:
         placeholders = [node for node in self.exported.graph.nodes if node.op == "placeholder"]
@@ -187,11 +189,8 @@ class _Transcription:
                 return value_of(node.args[0])
             if node.op == "call_module" or getattr(node.target, "_opname", None) in _CHECKS:
                 continue  # the only module export calls is its guard function
-            if node.op == "get_attr" and isinstance(_attribute(module, node.target), fx.GraphModule):
-                values[node] = _attribute(module, node.target)
-            elif node.op == "get_attr":
-                values[node] = self.graph.get_attr(str(node.target).removeprefix(_PREFIX))
-                values[node].meta = _meta(node)
+            if node.op == "get_attr":
+                values[node] = self._attribute(node, find(module, str(node.target)))
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
                 values[node] = self._inline(node, value_of(node.args))
             elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple | list):
@@ -203,9 +202,18 @@ class _Transcription:
                 values[node].meta = _meta(node)
         raise CaptureError("torch.export gave a graph without an output")
 
+    def _attribute(self, node: fx.Node, value: Any) -> Any:
+        if not isinstance(value, torch.Tensor):
+            return value  # a subgraph, to be inlined where it is called
+        path = self.paths.get(id(value), str(node.target).removeprefix(_PREFIX))
+        self.tensors[path] = value
+        attribute = self.graph.get_attr(path)
+        attribute.meta = _meta(node)
+        return attribute
+
     def _inline(self, node: fx.Node, args: Sequence[Any]) -> Any:
         """The values of a subgraph that was set apart for a context."""
-        name = node.target.name() if callable(getattr(node.target, "name", None)) else str(node.target)
+        name = str(getattr(node.target, "_name", node.target))
         if name == "wrap_with_set_grad_enabled":
             enabled, body, *operands = args
             results = self._call(body, operands)
@@ -235,9 +243,8 @@ class _Transcription:
 def _meta(node: fx.Node) -> dict[str, Any]:
     meta = {key: node.meta[key] for key in ("val", "stack_trace") if key in node.meta}
     stack = node.meta.get("nn_module_stack") or {}
-    scopes = {
-        key: (path.removeprefix(_PREFIX), kind) for key, (path, kind) in stack.items() if path.startswith(_PREFIX)
-    }
+    below = {key: entry for key, entry in stack.items() if entry[0].startswith(_PREFIX)}
+    scopes = {key: (path.removeprefix(_PREFIX), kind) for key, (path, kind) in below.items()}
     return meta | {"nn_module_stack": scopes}
 
 
@@ -245,27 +252,12 @@ def _plain_name(node: fx.Node) -> str:
     return node.name.removesuffix("_default")
 
 
-def _attribute(root: nn.Module, path: Any) -> Any:
-    return operator.attrgetter(str(path))(root)
-
-
-def _assemble(exported: fx.GraphModule, graph: fx.Graph, class_name: str) -> fx.GraphModule:
-    """The graph over the exported module's tensors, at their original paths."""
+def _assemble(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> fx.GraphModule:
+    """The graph over the tensors it reads; what is no state of the model is a constant, and not part of its state dict."""
     # Given a root, GraphModule would copy its tensors, and make every buffer a persistent one.
-    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=class_name)
-    inner = exported._modules.get(_PREFIX.rstrip("."))
-    if inner is not None:
-        module._modules.update(inner._modules)
-        module._parameters.update(inner._parameters)
-        module._buffers.update(inner._buffers)
-        module._non_persistent_buffers_set.update(inner._non_persistent_buffers_set)
-    for node in graph.nodes:
-        if node.op == "get_attr":
-            owner, _, name = str(node.target).rpartition(".")
-            container = module.get_submodule(owner)
-            holder = inner if container is module and inner is not None else container
-            if name in vars(holder):  # a constant: export keeps it as a plain attribute
-                container.register_buffer(name, vars(holder)[name], persistent=False)
+    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
+    for path, tensor in tensors.items():
+        install(module, path, tensor, persistent=is_persistent(model, path))
     module.graph = graph
     return module
 
@@ -279,11 +271,11 @@ def _drop_lifting(module: fx.GraphModule) -> None:
             continue
         source = node.args[0]
         if node.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):
-            if node.target is aten.lift_fresh_copy.default and _is_written(node):
-                node.target = aten.clone.default
+            if _is_written(node):
+                node.target = aten.clone.default  # each call needs its own
                 continue
         elif node.target in (aten.detach_.default, aten.detach.default, aten.alias.default):
-            plain = source.op == "get_attr" and not isinstance(_attribute(module, source.target), nn.Parameter)
+            plain = source.op == "get_attr" and not isinstance(find(module, str(source.target)), nn.Parameter)
             if node.target is not aten.alias.default and not plain:
                 continue
         else:

@@ -2,10 +2,10 @@
 
     conv2d(x, stages.0.conv.weight, stages.0.conv.bias, [2, 2])  ->  stages.0.conv(x)   with an nn.Conv2d there
 
-After it there is one IR, whichever frontend traced the model: parameters live in modules under their original names, and the
-rest is function calls. The `Parameter` objects stay the same, so tied weights stay tied. Where the original path cannot be
-taken (its owner holds other parameters, a parameter has an unusual name, two different modules share it) the module sits at a
-fresh readable path near it. What no module computes exactly stays a function call.
+After it there is one IR, whichever frontend traced the model: parameters live in modules under their original names,
+and the rest is function calls. The `Parameter` objects stay the same, so tied weights stay tied. Where the original
+path cannot be taken (its owner holds other parameters, a parameter has an unusual name, two different modules share it)
+the module sits at a fresh readable path near it. What no module computes exactly stays a function call.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 
 from fxopt.capture.blueprints import Blueprint, blueprint
+from fxopt.capture.hierarchy import find, install
 
 __all__ = ["raise_to_modules"]
 
@@ -30,15 +31,15 @@ _TRACKS = (*_COUNTS_BATCHES, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNo
 def raise_to_modules(module: fx.GraphModule, *, training: bool, original: nn.Module | None = None) -> None:
     """Raises the calls of a private graph module in place; what the graph does not use is dropped from the module.
 
-    Parameters and buffers that no module can own (a layer scale, a class token) stay get_attr nodes at their path. Calling it
-    again changes nothing.
+    Parameters and buffers that no module can own (a layer scale, a class token) stay get_attr nodes at their path.
+    Calling it again changes nothing.
 
     Args:
         module: a flat graph module over functions, modules, or both.
-        training: the mode of the model. A call that was traced in the other mode (a frozen BatchNorm, a dropout switched off)
-            becomes a module in that mode.
-        original: the model that was traced, asked for what no call shows: the rank that a BatchNorm is for, a momentum of
-            None, batch counters.
+        training: the mode of the model. A call that was traced in the other mode (a frozen BatchNorm, a dropout
+            switched off) becomes a module in that mode.
+        original: the model that was traced, asked for what no call shows: the rank that a BatchNorm is for, a momentum
+            of None, batch counters.
     """
     raising = _Raising(module, training, original)
     groups = raising.collect()
@@ -74,18 +75,13 @@ class _Raising:
             if found is None or not self._owns(found):
                 continue
             if found.training is True and not self.training:
-                continue  # random, or changing its statistics, even in evaluation: no module does that once .eval() is called
+                continue  # random or changing its statistics even in evaluation, which no module is after .eval()
             tensors = {name: None if item is None else id(self._tensor(item)) for name, item in found.tensors.items()}
             # Modules without tensors are not shared: passes can then change each by itself.
             stateful = any(value is not None for value in tensors.values())
             attributes = _frozen(found.attributes.items())
-            key = (
-                found.module_class,
-                attributes,
-                found.training,
-                _frozen(tensors.items()),
-                "" if stateful else node.name,
-            )
+            shared_by = _frozen(tensors.items()) if stateful else node.name
+            key = (found.module_class, attributes, found.training, shared_by)
             groups.setdefault(key, _Group(found)).calls.append((node, found.input))
         return list(groups.values())
 
@@ -114,12 +110,10 @@ class _Raising:
     def rewrite(self, group: _Group) -> None:
         graph = self.module.graph
         built = self._build(group)
-        _install(self.module, group.path, built)
+        install(self.module, group.path, built)
         for node, source in group.calls:
             with graph.inserting_before(node):
-                call = graph.create_node(
-                    "call_module", group.path, (self.raised.get(source, source),), {}, name=group.path.replace(".", "_")
-                )
+                call = graph.call_module(group.path, (self.raised.get(source, source),))
             call.meta = node.meta
             node.replace_all_uses_with(call)
             graph.erase_node(node)
@@ -146,7 +140,7 @@ class _Raising:
         assert node is not None
         path = f"{str(node.target).rpartition('.')[0]}.num_batches_tracked".lstrip(".")
         for root in (self.module, self.original):
-            found = None if root is None else _resolve(root, path)
+            found = None if root is None else find(root, path)
             if isinstance(found, torch.Tensor):
                 return found
         return torch.zeros((), dtype=torch.long, device=self._tensor(node).device)
@@ -154,7 +148,7 @@ class _Raising:
     def _drop_counting(self, built: nn.Module) -> None:
         """Erases the nodes that add one to a counter which the module now counts itself."""
         for node in list(self.module.graph.nodes):
-            if node.op == "get_attr" and _resolve(self.module, str(node.target)) is built.num_batches_tracked:
+            if node.op == "get_attr" and find(self.module, str(node.target)) is built.num_batches_tracked:
                 for user in list(node.users):
                     name = getattr(user.target, "_opname", user.target)
                     if name == "add_" and not user.users:
@@ -162,32 +156,30 @@ class _Raising:
 
     def _original_owner(self, group: _Group) -> nn.Module | None:
         owner = _owner(group)
-        return None if owner is None or self.original is None else _resolve(self.original, owner)
+        return None if owner is None or self.original is None else find(self.original, owner)
 
     def _owns(self, found: Blueprint) -> bool:
-        """Whether all tensors are get_attr nodes of the kind the module registers."""
+        """Whether all tensors are of the kind the module registers: statistics are buffers, the rest parameters."""
         for name, node in found.tensors.items():
             if node is None:
                 continue
-            if not isinstance(node, fx.Node) or node.op != "get_attr":
-                return False
             if isinstance(self._tensor(node), nn.Parameter) == name.startswith("running_"):
                 return False
         return True
 
     def _tensor(self, node: fx.Node) -> torch.Tensor:
-        found = _resolve(self.module, str(node.target))
+        found = find(self.module, str(node.target))
         return found if isinstance(found, torch.Tensor) else torch.empty(0, device="meta")
 
     def _input_shape(self, node: fx.Node) -> tuple[int | None, ...] | None:
-        """What is known of the shape of a call's input: from its value, else from the class of the module it was part of."""
+        """What is known of the shape of a call's input: from its value, else from the class of the calling module."""
         source = node.args[0] if node.args else node.kwargs.get("input")
         if not isinstance(source, fx.Node):
             return None
         value = source.meta.get("val", source.meta.get("tensor_meta"))
         if value is not None and hasattr(value, "shape"):
             return tuple(size if isinstance(size, int) else None for size in value.shape)
-        owners = [_resolve(self.original, path) for path in _scopes(node)[:1]] if self.original is not None else []
+        owners = [find(self.original, path) for path in _scopes(node)[:1]] if self.original is not None else []
         for rank, classes in {
             3: (nn.BatchNorm1d, nn.InstanceNorm1d),
             4: (nn.BatchNorm2d, nn.InstanceNorm2d),
@@ -207,7 +199,7 @@ class _Raising:
         for target in rest:
             if _within(target, path):
                 mine = own.get(target)
-                if mine is None or _resolve(self.module, target) is not self._tensor(mine):
+                if mine is None or find(self.module, target) is not self._tensor(mine):
                     return False
         return True
 
@@ -219,7 +211,7 @@ class _Raising:
         blocked = any(_within(inside, other) for other in self.taken)
         stem = f"{base.replace('.', '_')}_{name}" if blocked else inside
         path, number = stem, 1
-        while not self._is_free(path, group, rest) or _resolve(self.module, path) is not None:
+        while not self._is_free(path, group, rest) or find(self.module, path) is not None:
             path, number = f"{stem}_{number}", number + 1
         return path
 
@@ -232,9 +224,9 @@ class _Raising:
         for path, child in modules.items():
             stem = beside = f"{owner}_{path.removeprefix(owner + '.').replace('.', '_')}"
             number = 1
-            while _resolve(self.module, beside) is not None:
+            while find(self.module, beside) is not None:
                 beside, number = f"{stem}_{number}", number + 1
-            _install(self.module, beside, child)
+            install(self.module, beside, child)
             for node in self.module.graph.nodes:
                 if node.op == "call_module" and node.target == path:
                     node.target = beside
@@ -256,7 +248,7 @@ def _owner(group: _Group) -> str | None:
 
 
 def _candidates(group: _Group) -> list[str]:
-    """Where the module may sit if its parameters' path is not free: "attn.in_proj" for "attn.in_proj_weight", else its scope."""
+    """Where the module may sit if its parameters' path is not free: "attn.in_proj" for "attn.in_proj_weight"."""
     found = []
     weight = group.blueprint.tensors.get("weight")
     if weight is not None and str(weight.target).endswith("_weight"):
@@ -287,29 +279,6 @@ def _frozen(value: Any) -> Hashable:
     return value  # type: ignore[no-any-return]
 
 
-def _resolve(root: nn.Module, path: str) -> Any:
-    """What is at a dotted path, or None."""
-    found: Any = root
-    for name in path.split(".") if path else ():
-        found = getattr(found, name, None)
-    return found
-
-
-def _install(root: nn.Module, path: str, value: nn.Module | torch.Tensor, *, persistent: bool = True) -> None:
-    """Puts a module or tensor at a dotted path, making plain containers on the way."""
-    *parents, name = path.split(".")
-    for parent in parents:
-        if not isinstance(root._modules.get(parent), nn.Module):
-            root.add_module(parent, nn.Module())
-        root = root.get_submodule(parent)
-    if isinstance(value, nn.Module):
-        root.add_module(name, value)
-    elif isinstance(value, nn.Parameter):
-        root.register_parameter(name, value)
-    else:
-        root.register_buffer(name, value, persistent=persistent)
-
-
 def _keep_used(module: fx.GraphModule, training: bool) -> None:
     """Rebuilds the module's hierarchy from what its graph uses."""
     used: dict[str, tuple[Any, bool]] = {}
@@ -317,8 +286,8 @@ def _keep_used(module: fx.GraphModule, training: bool) -> None:
         if node.op in ("call_module", "get_attr"):
             target = str(node.target)
             owner, _, name = target.rpartition(".")
-            container = _resolve(module, owner)
-            used[target] = _resolve(module, target), name not in container._non_persistent_buffers_set
+            container = find(module, owner)
+            used[target] = find(module, target), name not in container._non_persistent_buffers_set
     for tensors in (module._modules, module._parameters, module._buffers):
         tensors.clear()
     module._non_persistent_buffers_set.clear()
@@ -326,8 +295,8 @@ def _keep_used(module: fx.GraphModule, training: bool) -> None:
         delattr(module, name)
     # Modules first: a tensor below one of them is already there.
     for target, (value, persistent) in sorted(used.items(), key=lambda item: not isinstance(item[1][0], nn.Module)):
-        if _resolve(module, target) is not value:
-            _install(module, target, value, persistent=persistent)
+        if find(module, target) is not value:
+            install(module, target, value, persistent=persistent)
     leaves = [value for value, _ in used.values() if isinstance(value, nn.Module)]
     below = {child for leaf in leaves for child in leaf.modules()}
     for container in module.modules():
