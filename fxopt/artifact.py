@@ -1,8 +1,8 @@
 """A saved engine: a folder with its files, `report.json`, and `manifest.json` that says what must be in it.
 
-The manifest holds the versions, how the model is called, and size and SHA-256 of every file. All of it is checked before
-anything is loaded, and nothing is unpickled. A folder is written beside its place first and then renamed, so an interrupted
-save leaves what was there.
+The manifest holds the versions, how the model is called, and size and SHA-256 of every file. All of it is checked
+before anything is loaded, and nothing is unpickled. A folder is written beside its place first and then renamed, so an
+interrupted save leaves what was there.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -34,6 +34,7 @@ REPORT_FILE = "report.json"
 
 _RECORDED_PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime")
 _CHUNK = 1 << 20
+_AGAIN = "save the engine again"
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
     for name, (size, digest) in files.items():
         _verify(place, name, size, digest)
     if REPORT_FILE not in files:
-        raise ArtifactError(f"{place / MANIFEST_FILE} does not list {REPORT_FILE}: the folder is incomplete; save it again")
+        raise ArtifactError(f"{place / MANIFEST_FILE} does not list {REPORT_FILE}: the folder is incomplete; {_AGAIN}")
     report = _read_json(place / REPORT_FILE)
     try:
         return Manifest(
@@ -149,7 +150,7 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ArtifactError(
-            f"{place}: {MANIFEST_FILE} or {REPORT_FILE} lacks an entry or has a malformed one ({error!r}); save the engine again"
+            f"{place}: {MANIFEST_FILE} or {REPORT_FILE} lacks an entry or has a wrong one ({error!r}); {_AGAIN}"
         ) from error
 
 
@@ -186,18 +187,18 @@ def _read_manifest(place: Path, *, any_version: bool = False) -> dict[str, Any]:
         raise ArtifactError(f"{place} is not a folder: pass the folder that save() wrote")
     path = place / MANIFEST_FILE
     if not path.is_file():
-        raise ArtifactError(f"{place} has no {MANIFEST_FILE}: it was not written by fxopt, or its saving was interrupted")
+        raise ArtifactError(f"{place} has no {MANIFEST_FILE}: it is incomplete, or was not written by fxopt")
     data = _read_json(path)
     if data.get("format") != FORMAT:
-        raise ArtifactError(f"{path} is of the format {data.get('format')!r}, not {FORMAT!r}: pass the folder that save() wrote")
+        raise ArtifactError(
+            f"{path} is of format {data.get('format')!r}, not {FORMAT!r}: pass the folder that save() wrote"
+        )
     version = data.get("format_version")
     if not isinstance(version, int):
-        raise ArtifactError(f"{path} has the format version {version!r}, which is not a number; save the engine again")
+        raise ArtifactError(f"{path} has the format version {version!r}, which is not a number; {_AGAIN}")
     if version > FORMAT_VERSION and not any_version:
-        writer = data.get("versions", {})
-        newer = f" (it was written by fxopt {writer['fxopt']})" if isinstance(writer, dict) and "fxopt" in writer else ""
         raise ArtifactError(
-            f"{path} has format version {version}, this fxopt reads up to {FORMAT_VERSION}: upgrade fxopt{newer} or save it again"
+            f"{path} has format version {version}, this fxopt reads up to {FORMAT_VERSION}: upgrade fxopt, or {_AGAIN}"
         )
     return data
 
@@ -206,9 +207,9 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error}): the folder is damaged; save the engine again") from error
+        raise ArtifactError(f"{path} is not readable JSON ({error}): it is damaged; {_AGAIN}") from error
     if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds a {type(data).__name__}, not an object: the folder is damaged; save the engine again")
+        raise ArtifactError(f"{path} holds a {type(data).__name__}, not an object: it is damaged; {_AGAIN}")
     return cast("dict[str, Any]", data)
 
 
@@ -219,15 +220,16 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 def _files(place: Path, data: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     listed = data.get("files")
     if not isinstance(listed, dict):
-        raise ArtifactError(f"{place / MANIFEST_FILE} lists no files: the folder is damaged; save the engine again")
+        raise ArtifactError(f"{place / MANIFEST_FILE} lists no files: the folder is damaged; {_AGAIN}")
     files: dict[str, tuple[int, str]] = {}
     for name, entry in listed.items():
         path = PurePosixPath(name)
         if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
             raise ArtifactError(f"{place / MANIFEST_FILE} lists {name!r}, outside the folder: do not trust it")
-        if not isinstance(entry, dict) or not isinstance(entry.get("size"), int) or not isinstance(entry.get("sha256"), str):
-            raise ArtifactError(f"{place / MANIFEST_FILE} has no size and SHA-256 for {name}: save the engine again")
-        files[name] = (entry["size"], entry["sha256"])
+        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
+        if not isinstance(size, int) or not isinstance(digest, str):
+            raise ArtifactError(f"{place / MANIFEST_FILE} has no size and SHA-256 for {name}: {_AGAIN}")
+        files[name] = (size, digest)
     return files
 
 
@@ -239,9 +241,9 @@ def _verify(place: Path, name: str, size: int, digest: str) -> None:
         raise ArtifactError(f"{place} lacks the file {name}: copy the whole folder, or save the engine again")
     actual = path.stat().st_size
     if actual != size:
-        raise ArtifactError(f"{path} has {actual} bytes instead of {size}: it was cut or altered; copy it or save it again")
+        raise ArtifactError(f"{path} has {actual} bytes instead of {size}: it was cut or altered; copy it again")
     if _sha256(path) != digest:
-        raise ArtifactError(f"{path} was altered since it was saved (its SHA-256 differs); copy it or save it again")
+        raise ArtifactError(f"{path} was altered since it was saved (its SHA-256 differs); copy it again, or {_AGAIN}")
 
 
 def _sha256(path: Path) -> str:
@@ -255,11 +257,13 @@ def _sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def _versions(packages: Sequence[str] = _RECORDED_PACKAGES) -> dict[str, str]:
-    found: dict[str, str] = {}
-    for name in packages:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
+def _versions() -> dict[str, str]:
+    versions = {name: _version(name) for name in _RECORDED_PACKAGES}
+    return {name: version for name, version in versions.items() if version is not None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,8 +1,8 @@
 """What a backend must do: lower a program to an engine, and load a saved engine.
 
-A `Backend` is its own configuration, like a pass: a frozen dataclass whose fields are its options and which prints as a spec
-string. What it returns is an `Engine`: a callable from flat tensors to flat tensors that can be saved. Nesting the tensors the
-way the model does is not the engine's business but the `Signature`'s.
+A `Backend` is its own configuration, like a pass: a frozen dataclass whose fields are its options and which prints as a
+spec string. What it returns is an `Engine`: a callable from flat tensors to flat tensors that can be saved. Nesting the
+tensors the way the model does is not the engine's business but the `Signature`'s.
 """
 
 from __future__ import annotations
@@ -123,8 +123,8 @@ class Backend(ABC):
 
         Args:
             program: left unchanged. The engine does not see later changes of its weights, unless the backend is eager.
-            dynamic_batch: whether the engine shall take any batch size. Where that cannot be had the engine has the batch
-                of the example inputs, a `FixedBatchWarning` says why, and so does a note in `Engine.info`.
+            dynamic_batch: whether the engine shall take any batch size. Where that cannot be had the engine has the
+                batch of the example inputs; a `FixedBatchWarning` and a note in `Engine.info` say why.
 
         Raises:
             BackendUnavailable: if `unavailable()` has a reason.
@@ -169,7 +169,7 @@ def check_inputs(specs: Sequence[TensorSpec], device: torch.device, inputs: Sequ
         if batch is None:
             batch = shape[0]
         elif shape[0] != batch:
-            raise InputError(f"input {spec.name}: expected the batch of {batch} of the inputs before it, got {shape[0]}")
+            raise InputError(f"input {spec.name}: expected batch {batch} as the inputs before it, got {shape[0]}")
 
 
 def _sizes(shape: Sequence[int | None]) -> str:

@@ -1,6 +1,7 @@
-"""The backend `eager`: the program itself, run by torch. The reference the others are compared with, and the one that trains.
+"""The backend `eager`: the program itself, run by torch.
 
-It is saved as a `torch.export` archive, which holds operators and tensors and no class of the model.
+It is the reference that other backends are compared with, and the one that trains. It is saved as a `torch.export`
+archive, which holds operators and tensors and no class of the model.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch.export import Dim, ExportedProgram
 
 from fxopt.backend import Backend, Engine, FixedBatchWarning, TensorSpec, check_inputs
 from fxopt.errors import ArtifactError, BackendError
+from fxopt.lowering.eager_archive import load_archive, runnable, save_archive
 
 if TYPE_CHECKING:
     from fxopt.artifact import Manifest
@@ -50,14 +52,13 @@ class EagerBackend(Backend):
 
     def load(self, directory: Path, manifest: Manifest) -> Engine:
         path = directory / _FILE
-        try:
-            with _quiet_export():
-                exported = torch.export.load(path)
-        except Exception as error:
-            raise ArtifactError(f"{path} is not a readable torch.export archive: {error}. Save the engine again.") from error
+        with _quiet_export():
+            exported = load_archive(path)
         shapes = _input_shapes(exported)
         if len(shapes) != len(manifest.inputs):
-            raise ArtifactError(f"{path} takes {len(shapes)} inputs, the manifest says {len(manifest.inputs)}: save it again")
+            raise ArtifactError(
+                f"{path} takes {len(shapes)} inputs, the manifest says {len(manifest.inputs)}: save it again"
+            )
         # the archive may have a fixed batch where the engine had none
         inputs = tuple(spec._replace(shape=shape) for spec, shape in zip(manifest.inputs, shapes, strict=True))
         return _ArchiveEngine(exported, inputs, torch.device(manifest.target.device), manifest)
@@ -117,7 +118,7 @@ class _ProgramEngine(_TorchEngine):
         self._fixed_reason = ""
 
     def save(self, directory: Path) -> None:
-        torch.export.save(self._export(), directory / _FILE)
+        save_archive(self._export(), directory / _FILE)
 
     def _export(self) -> ExportedProgram:
         shapes = tuple({0: Dim.DYNAMIC} if spec.shape and spec.shape[0] is None else None for spec in self.inputs)
@@ -125,7 +126,7 @@ class _ProgramEngine(_TorchEngine):
             try:
                 with _quiet_export():
                     return torch.export.export(self._graph_module, self._examples, dynamic_shapes=shapes)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason in the warning and the note)
                 _log.debug("export with a dynamic batch failed", exc_info=True)
                 self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {_first_line(error)}"
                 warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)
@@ -148,12 +149,12 @@ class _ArchiveEngine(_TorchEngine):
     def __init__(
         self, exported: ExportedProgram, inputs: tuple[TensorSpec, ...], device: torch.device, manifest: Manifest
     ) -> None:
-        super().__init__(exported.module(), inputs, device, training=bool(manifest.info.get("training", False)))
+        super().__init__(runnable(exported), inputs, device, training=bool(manifest.info.get("training", False)))
         self._exported = exported
         self._saved_notes = manifest.notes
 
     def save(self, directory: Path) -> None:
-        torch.export.save(self._exported, directory / _FILE)
+        save_archive(self._exported, directory / _FILE)
 
     def _nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._exported.state_dict.values())

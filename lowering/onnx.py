@@ -30,9 +30,9 @@ class OnnxBackend(Backend):
     """Runs programs in ONNX Runtime.
 
     Attributes:
-        num_threads: threads for one operator; None: as many as torch uses (`torch.get_num_threads()`) when the engine is made.
-        providers: ONNX Runtime's execution providers in order of preference; None: CUDA where the target is a CUDA device and
-            this onnxruntime has it, else the CPU.
+        num_threads: threads for one operator; None: as many as torch uses when the engine is made.
+        providers: ONNX Runtime's execution providers in order of preference; None: CUDA where the target is a CUDA
+            device and this onnxruntime has it, else the CPU.
         optimize: whether onnxoptimizer runs before ONNX Runtime's own optimizations.
     """
 

@@ -1,7 +1,7 @@
 """From a program to an `OnnxModel`, with a dynamic batch where the exporter can keep one.
 
-The exporter specialises sizes 0 and 1, so a dynamic batch is exported from an example of at least 2. Whether the batch really
-stayed dynamic is read from the exported graph, not assumed.
+The exporter specialises sizes 0 and 1, so a dynamic batch is exported from an example of at least 2. Whether the batch
+really stayed dynamic is read from the exported graph, not assumed.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def _export_or_raise(program: Program) -> OnnxModel:
         return OnnxModel.from_ir(_export(program, ()))
     except Exception as error:
         raise BackendError(
-            f"torch.onnx.export cannot export this program: {_summary(error)}. backend='eager' runs it without exporting."
+            f"torch.onnx.export cannot export this program: {_summary(error)}. backend='eager' runs it without that."
         ) from error
 
 

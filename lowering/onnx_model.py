@@ -1,10 +1,10 @@
 """An ONNX model whose weights stay outside the protobuf message.
 
-A protobuf message holds at most 2 GiB, and every tool that takes one copies it. So the graph is kept as a small message, and
-the large initializers beside it as torch tensors; each reader gets the form that it needs:
+A protobuf message holds at most 2 GiB, and every tool that takes one copies it. So the graph is kept as a small
+message, and the large initializers beside it as torch tensors; each reader gets the form that it needs:
 
 - `as_inputs`: weights are graph inputs. For tools that look at the graph alone (optimizer, checker).
-- `as_external`: weights are external data. For ONNX Runtime, which is handed the tensors by pointer, and for large files.
+- `as_external`: weights are external data. For ONNX Runtime, which is handed the tensors, and for large files.
 - `as_one`: weights inside. For `model.onnx`, as long as it is below 2 GiB.
 """
 
@@ -31,7 +31,7 @@ DATA_FILE = "model.onnx.data"
 _DETACH_ABOVE = 4096  # bytes; small constants stay in the graph, where the optimizer can see them
 _ONE_FILE_BELOW = 2**31 - 2**26  # bytes of weights; what is left is for the graph
 
-# The numbers are onnx.TensorProto.DataType; types that torch packs differently (4 bits, 8-bit floats) stay in the graph.
+# The numbers are onnx.TensorProto.DataType; types that torch packs differently (4 bits, 8-bit floats) stay inside.
 _TORCH_TYPES: Mapping[int, torch.dtype] = {
     1: torch.float32,
     2: torch.uint8,
@@ -53,7 +53,7 @@ class OnnxModel:
 
     Attributes:
         graph: the model without the initializers in `weights`. Not to be changed in place.
-        weights: contiguous CPU tensors by initializer name; private copies, so that training the program cannot reach them.
+        weights: contiguous CPU tensors by initializer name; private, so that training the program cannot reach them.
     """
 
     graph: onnx.ModelProto
@@ -79,7 +79,7 @@ class OnnxModel:
     @property
     def nbytes(self) -> int:
         """Size of the model in bytes."""
-        return self.graph.ByteSize() + sum(tensor.nbytes for tensor in self.weights.values())
+        return int(self.graph.ByteSize()) + sum(tensor.nbytes for tensor in self.weights.values())
 
     def as_inputs(self) -> onnx.ModelProto:
         """A new message whose graph has the weights as inputs."""
@@ -127,7 +127,7 @@ class OnnxModel:
             return
         with (directory / DATA_FILE).open("wb") as file:
             for tensor in self.weights.values():
-                file.write(_as_memory(tensor))
+                file.write(_as_bytes(tensor))
         (directory / MODEL_FILE).write_bytes(self.as_external().SerializeToString())
 
     @classmethod
@@ -138,12 +138,11 @@ class OnnxModel:
             ArtifactError: if the files are no ONNX model, or the data does not fit the graph.
         """
         import onnx
-        from google.protobuf.message import DecodeError
 
         path = directory / MODEL_FILE
         try:
             graph = onnx.load_model(path, load_external_data=False)
-        except (OSError, DecodeError) as error:
+        except Exception as error:  # protobuf's errors are not OSErrors, and need an import that has no types
             raise ArtifactError(f"{path} is not a readable ONNX model: {error}. Compile and save again.") from error
         weights: dict[str, torch.Tensor] = {}
         kept: list[onnx.TensorProto] = []
@@ -183,12 +182,8 @@ def _used_names(graph: onnx.GraphProto) -> set[str]:
     return names
 
 
-def _as_memory(tensor: torch.Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
-
-
 def _as_bytes(tensor: torch.Tensor) -> bytes:
-    return _as_memory(tensor).tobytes()
+    return tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
 def _read_external(item: onnx.TensorProto, directory: Path) -> torch.Tensor:
@@ -215,5 +210,5 @@ def _read_external(item: onnx.TensorProto, directory: Path) -> torch.Tensor:
 def _reinterpret(buffer: bytearray, item: onnx.TensorProto, path: Path) -> torch.Tensor:
     dtype, shape = _TORCH_TYPES[item.data_type], tuple(item.dims)
     if len(buffer) != dtype.itemsize * torch.Size(shape).numel():
-        raise ArtifactError(f"{path}: the weight {item.name} has {len(buffer)} bytes, which does not fit its shape {shape}")
+        raise ArtifactError(f"{path}: the weight {item.name} has {len(buffer)} bytes, which not those of shape {shape}")
     return torch.frombuffer(buffer, dtype=dtype).reshape(shape)

@@ -1,8 +1,8 @@
 """onnxoptimizer and the ONNX checker, run on the graph without its weights.
 
-onnxoptimizer copies a model several times and stops at 2 GiB. Seen from its passes a large weight is a constant of known
-shape, which is what a graph input is too; so the weights are left out (`OnnxModel.as_inputs`), and the time no longer depends
-on their size.
+onnxoptimizer copies a model several times and stops at 2 GiB. Its passes need to know no more of a large weight than
+its shape, which a graph input has too; so the weights are left out (`OnnxModel.as_inputs`), and the time no longer
+depends on their size.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["check", "optimize"]
 
-# Passes that keep inputs, outputs and values as they are, up to rounding. Left out on purpose: those that rename or split for
-# training (rename_input_output, split_init, split_predict), that change the inputs' types (rewrite_input_dtype), and those
-# that fold a weight, which ONNX Runtime does itself and which would need the weights here.
+# Passes that keep inputs, outputs and values as they are, up to rounding. Left out on purpose: those that rename or
+# split for training (rename_input_output, split_init, split_predict), that change the inputs' types
+# (rewrite_input_dtype), and those that fold a weight, which ONNX Runtime does itself with the weights at hand.
 _SAFE = (
     "eliminate_nop_cast",
     "eliminate_nop_dropout",

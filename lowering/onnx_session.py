@@ -1,7 +1,8 @@
 """An ONNX Runtime session that takes and returns torch tensors without copying them.
 
-Inputs go in by pointer (DLPack), outputs come back as tensors over the memory that the runtime allocated for that call: every
-call has outputs of its own. Weights are given to the session as tensors too, so no message of the model's size is ever built.
+Inputs go in by pointer (DLPack), outputs come back as tensors over the memory that the runtime allocated for that
+call: every call has outputs of its own. Weights are given to the session as tensors too, so no message of the model's
+size is ever built.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils.dlpack import from_dlpack
 
 from fxopt.backend import Engine, TensorSpec, check_inputs
 from fxopt.errors import BackendError, BackendUnavailable
@@ -76,8 +78,8 @@ class OnnxEngine(Engine):
             self._session.run_with_iobinding(binding)
             if self._on_cuda:
                 binding.synchronize_outputs()
-            outputs = tuple(torch.from_dlpack(value) for value in binding.get_outputs())
-        except RuntimeError as error:
+            outputs = tuple(from_dlpack(value) for value in binding.get_outputs())
+        except Exception as error:  # ONNX Runtime's own exceptions share no base class
             raise BackendError(f"ONNX Runtime failed: {error}") from error
         return tuple(tensor.to(self._device) for tensor in outputs) if moved else outputs
 
@@ -104,8 +106,7 @@ class OnnxEngine(Engine):
 
 def tensor_device(device: str) -> torch.device:
     """The device that a target names, as tensors name it: "cuda" is "cuda:0"."""
-    named = torch.device(device)
-    return torch.device(named.type, 0) if named.type == "cuda" and named.index is None else named
+    return torch.device("cuda", 0) if device == "cuda" else torch.device(device)
 
 
 def choose_providers(providers: tuple[str, ...] | None, device: torch.device) -> list[str | tuple[str, dict[str, Any]]]:
@@ -142,5 +143,5 @@ def open_session(
     options.add_external_initializers(list(model.weights), values)
     try:
         return onnxruntime.InferenceSession(model.as_external().SerializeToString(), options, providers=list(providers))
-    except Exception as error:  # noqa: BLE001 (its exceptions share no base class)
+    except Exception as error:
         raise BackendError(f"ONNX Runtime cannot load the model: {error}") from error
