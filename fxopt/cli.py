@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,15 +19,16 @@ from torch import nn
 
 import fxopt
 from fxopt import registry
-from fxopt.cli_output import Output, one_line, options_of, options_text, summary_of, tensor_rows
+from fxopt.capture import Frontend
+from fxopt.cli_output import Output, one_line, options_of, options_text, summary_of, summary_of_tensor
 from fxopt.errors import FxoptError, InputError
 from fxopt.input_source import as_example_inputs, gather_inputs, parse_input
 from fxopt.model_source import load_model, load_weights
+from fxopt.passes_base import Plan
 from fxopt.structure import flatten
 from fxopt.timing import measure
 
 _USER_ERROR = 2
-_TENSOR_COLUMNS = ["output", "shape", "type", "min", "max", "mean"]
 
 app = typer.Typer(
     name="fxopt",
@@ -72,13 +74,13 @@ Passes = Annotated[
         show_default="default: the exact passes",
     ),
 ]
-Frontend = Annotated[str, typer.Option(help="how the model is captured: auto, symbolic or export")]
+HowCaptured = Annotated[Frontend, typer.Option("--frontend", help="how the model is captured")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fxopt {fxopt.__version__}, torch {torch.__version__}, Python {sys.version.split()[0]}")
+        typer.echo(f"fxopt {metadata.version('fxopt')}, torch {torch.__version__}, Python {sys.version.split()[0]}")
         raise typer.Exit
 
 
@@ -105,7 +107,7 @@ def _fxopt(
 def list_passes(context: typer.Context, as_json: AsJson = False) -> None:
     """List the passes that are installed, with their options. A plugin that does not import is named and left out."""
     output: Output = context.obj
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"name": name, "exact": kind.exact, "options": options_of(kind), "summary": summary_of(kind)}
         for name, kind in registry.passes().items()
     ]
@@ -129,7 +131,7 @@ def list_passes(context: typer.Context, as_json: AsJson = False) -> None:
 def list_backends(context: typer.Context, as_json: AsJson = False) -> None:
     """List the backends that are installed, with their options, and why one cannot be used here."""
     output: Output = context.obj
-    entries = [
+    entries: list[dict[str, Any]] = [
         {"name": name, "unavailable": kind().unavailable(), "options": options_of(kind), "summary": summary_of(kind)}
         for name, kind in registry.backends().items()
     ]
@@ -154,7 +156,7 @@ def show(
     passes: Annotated[
         list[str] | None, typer.Option("--passes", metavar="SPEC[,SPEC]...", help="show the program after these passes")
     ] = None,
-    frontend: Frontend = "auto",
+    frontend: HowCaptured = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Print the program that a model is captured as, and what it costs.
@@ -186,6 +188,7 @@ def explain(
     passes: Passes = None,
     weights: Weights = None,
     inputs: Inputs = None,
+    frontend: HowCaptured = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Print what passes would do to a model, and what they would leave alone and why.
@@ -195,7 +198,7 @@ def explain(
     output: Output = context.obj
     module, example = _model(output, model, weights, inputs)
     with output.progress("planning"):
-        plans = fxopt.explain(module, example, _specs(passes))
+        plans = fxopt.explain(module, example, _specs(passes), frontend=frontend)
     if as_json:
         output.json([_plan_json(plan) for plan in plans])
         return
@@ -204,7 +207,7 @@ def explain(
             ["node", "", "what, or why not"],
             [[rewrite.node, "rewrite", rewrite.what] for rewrite in plan.rewrites]
             + [[skip.node, "skip", skip.why] for skip in plan.skips],
-            title=f"{plan.name}: {len(plan.rewrites)} rewrites, {len(plan.skips)} skips",
+            title=f"{plan.config}: {len(plan.rewrites)} rewrites, {len(plan.skips)} skips",
         )
 
 
@@ -220,7 +223,7 @@ def compile_model(
     weights: Weights = None,
     inputs: Inputs = None,
     dynamic_batch: Annotated[bool, typer.Option(help="keep the batch size open")] = True,
-    frontend: Frontend = "auto",
+    frontend: HowCaptured = "auto",
     as_json: AsJson = False,
 ) -> None:
     """Compile a model into a folder that fxopt run and fxopt.load read.
@@ -290,11 +293,12 @@ def run(
     if save_outputs is not None:
         _save(save_outputs, outputs)
     latency = {name: timing.milliseconds() for name, timing in timings.items()}.get("engine")
+    summaries = [summary_of_tensor(name, tensor) for name, tensor in outputs.items()]
     if as_json:
-        rows = [dict(zip(_TENSOR_COLUMNS, row, strict=True)) for row in tensor_rows(outputs)]
-        output.json({"outputs": rows, "latency": latency})
+        output.json({"outputs": summaries, "latency": latency})
         return
-    output.table(_TENSOR_COLUMNS, tensor_rows(outputs))
+    columns = ["output", "shape", "type", "min", "max", "mean"]
+    output.table(columns, [[summary.get(column, "") for column in columns] for summary in summaries])
     if latency is not None:
         output.text("latency: median {median} ms, quartiles {low} - {high} ms, {calls} calls".format_map(latency))
 
@@ -361,7 +365,7 @@ def _specs(texts: Sequence[str] | None) -> list[str]:
     return [spec for spec in found if spec]
 
 
-def _plan_json(plan: Any) -> dict[str, Any]:
+def _plan_json(plan: Plan) -> dict[str, Any]:
     return {
         "name": plan.name,
         "config": plan.config,

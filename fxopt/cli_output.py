@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import logging
+import math
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +20,7 @@ from rich.markup import escape
 from rich.status import Status
 from rich.table import Table
 
-__all__ = ["Output", "one_line", "options_of", "options_text", "summary_of", "tensor_rows"]
+__all__ = ["Output", "one_line", "options_of", "options_text", "summary_of", "summary_of_tensor"]
 
 _REDIRECTED_WIDTH = 120  # characters, where there is no terminal to ask
 
@@ -54,11 +55,11 @@ class Output:
         """Indented JSON."""
         self.text(json.dumps(data, indent=2))
 
-    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str | None = None) -> None:
-        """A table; cells are plain text."""
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[Any]], *, title: str | None = None) -> None:
+        """A table; cells are text, numbers or shapes."""
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
-            table.add_row(*(escape(cell) for cell in row))
+            table.add_row(*(escape(_cell(value)) for value in row))
         self._out.print(table)
 
     @contextmanager
@@ -85,17 +86,18 @@ class Output:
         self._err.print(f"[yellow]warning:[/] {escape(one_line(str(message)))}", highlight=False, soft_wrap=True)
 
 
-def tensor_rows(tensors: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """One row per tensor: name, shape, element type, smallest, largest and mean value."""
-    rows = []
-    for name, tensor in tensors.items():
+def summary_of_tensor(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """Name, shape, element type, smallest, largest and mean value: plain JSON; a value that is not finite is text."""
+    summary: dict[str, Any] = {
+        "output": name,
+        "shape": list(tensor.shape),
+        "type": str(tensor.dtype).removeprefix("torch."),
+    }
+    if tensor.numel():
         values = tensor.detach().double()
-        numbers = [values.min(), values.max(), values.mean()] if values.numel() else []
-        rows.append(
-            [name, "x".join(map(str, tensor.shape)), str(tensor.dtype).removeprefix("torch.")]
-            + [f"{number.item():.4g}" for number in numbers]
-        )
-    return rows
+        numbers = {"min": values.min().item(), "max": values.max().item(), "mean": values.mean().item()}
+        summary |= {key: number if math.isfinite(number) else str(number) for key, number in numbers.items()}
+    return summary
 
 
 def options_of(kind: type[Any]) -> dict[str, str]:
@@ -119,6 +121,12 @@ def options_text(options: Mapping[str, str]) -> str:
 def summary_of(kind: type[Any]) -> str:
     """The first sentence of the docstring."""
     return one_line((inspect.getdoc(kind) or "").partition("\n\n")[0])
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def one_line(text: str) -> str:
