@@ -1,0 +1,175 @@
+"""What fxopt costs beyond what it stands on: compiling, calling and importing, each next to the bare thing.
+
+compile: `fxopt.compile` next to `torch.onnx.export` and an ONNX Runtime session of the same model, both with a dynamic
+batch. call: `compiled(x)` next to `session.run` of the same file on a numpy array. import: `import fxopt` after
+`import torch`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from benchmarks.networks import Network, load_network
+from benchmarks.results import RESULTS, Table, save
+from benchmarks.timing import Spread, interleave
+
+COMPILE_BAR = 1.2
+CALL_BAR = 50e-6
+IMPORT_BAR = 0.1
+PARTS = ("compile", "call", "import")
+
+_TINY_CALLS = 50
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--network", default="torchvision:resnet50", help="network of part compile")
+    parser.add_argument("--compile-rounds", type=int, default=3, help="rounds of part compile")
+    parser.add_argument("--call-network", default="torchvision:resnet18", help="large network of part call")
+    parser.add_argument("--call-rounds", type=int, default=100, help="rounds of part call")
+    parser.add_argument("--import-rounds", type=int, default=10, help="rounds of part import")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures the chosen parts.
+
+    Returns:
+        0 if every bar is met, else 1.
+    """
+    rows: list[list[str]] = []
+    data: dict[str, Any] = {}
+    met = []
+    if "compile" in arguments.parts:
+        ratio, seconds = _compile(arguments.network, arguments.compile_rounds)
+        met.append(ratio.median <= COMPILE_BAR)
+        data["compile"] = {"network": arguments.network, "ratio": ratio, "seconds": seconds, "bar": COMPILE_BAR}
+        rows.append(
+            [
+                f"compile {arguments.network}",
+                _listed(seconds["bare"], " s"),
+                _listed(seconds["fxopt"], " s"),
+                f"x {ratio.text(2)}",
+                f"x {COMPILE_BAR}",
+                _word(met[-1]),
+            ]
+        )
+    if "call" in arguments.parts:
+        for name, calls, rounds in (("tiny", _TINY_CALLS, 200), (arguments.call_network, 1, arguments.call_rounds)):
+            bare, ours, extra = _call(name, calls=calls, rounds=rounds)
+            met.append(extra.median <= CALL_BAR)
+            data[f"call {name}"] = {"bare": bare, "fxopt": ours, "extra": extra, "bar": CALL_BAR}
+            texts = [f"{each.text(1, 1e6)} us" for each in (bare, ours, extra)]
+            rows.append([f"call {name}", *texts, f"{CALL_BAR * 1e6:.0f} us", _word(met[-1])])
+    if "import" in arguments.parts:
+        bare, ours, extra = _import(arguments.import_rounds)
+        met.append(extra.median < IMPORT_BAR)
+        data["import"] = {"bare": bare, "fxopt": ours, "extra": extra, "bar": IMPORT_BAR}
+        rows.append(
+            ["import", *(f"{each.text(3)} s" for each in (bare, ours, extra)), f"{IMPORT_BAR} s", _word(met[-1])]
+        )
+    notes = ["medians of interleaved rounds with quartiles; beyond: of the rounds' ratios or differences"]
+    columns = ("what", "bare", "fxopt", "beyond", "bar", "met")
+    save(RESULTS / "overhead.json", Table("Overhead", columns, rows, notes), data)
+    return int(not all(met))
+
+
+def _compile(name: str, rounds: int) -> tuple[Spread, dict[str, list[float]]]:
+    import fxopt
+
+    network = load_network(name)
+    (x,) = network.inputs
+
+    def bare(model: nn.Module = network.model, x: torch.Tensor = x) -> object:
+        with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            path = Path(folder) / "model.onnx"
+            batch = torch.export.Dim("batch")
+            torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
+            return _session(path)
+
+    def ours(model: nn.Module = network.model, x: torch.Tensor = x) -> object:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return fxopt.compile(model, (x,), on_no_match="ignore")
+
+    # the first export of a process imports the exporter and fills its caches
+    small = _Tiny().eval()
+    bare(small, torch.randn(2, 8, 8, 8))
+    ours(small, torch.randn(2, 8, 8, 8))
+    timings = interleave({"bare": bare, "fxopt": ours}, rounds=rounds, warmup=0)
+    return timings.ratio("fxopt", "bare"), {key: list(values) for key, values in timings.seconds.items()}
+
+
+def _call(name: str, *, calls: int, rounds: int) -> tuple[Spread, Spread, Spread]:
+    import fxopt
+
+    tiny = Network("tiny", _Tiny().eval(), (torch.randn(1, 8, 8, 8),))
+    network = tiny if name == tiny.name else load_network(name)
+    model, (x,) = network.model, network.inputs
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        compiled = fxopt.compile(model, (x,), on_no_match="ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        compiled.save(Path(folder) / "saved")
+        session = _session(Path(folder) / "saved" / "model.onnx")
+    array = x.numpy()
+    feed = {session.get_inputs()[0].name: array}
+    timings = interleave(
+        {"bare": lambda: session.run(None, feed), "fxopt": lambda: compiled(x)}, rounds=rounds, warmup=5, calls=calls
+    )
+    return timings.per_call("bare"), timings.per_call("fxopt"), timings.difference("fxopt", "bare")
+
+
+def _session(path: Path) -> Any:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _import(rounds: int) -> tuple[Spread, Spread, Spread]:
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+
+    def process(code: str) -> float:
+        start = time.perf_counter()
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        return time.perf_counter() - start
+
+    timings = interleave(
+        {"bare": lambda: process("import torch"), "fxopt": lambda: process("import torch; import fxopt")},
+        rounds=rounds,
+        warmup=1,
+    )
+    return timings.per_call("bare"), timings.per_call("fxopt"), timings.difference("fxopt", "bare")
+
+
+class _Tiny(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 8, 3)
+        self.bn = nn.BatchNorm2d(8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.bn(self.conv(x)).relu()
+        return y
+
+
+def _listed(values: list[float], unit: str) -> str:
+    return ", ".join(f"{value:.1f}" for value in values) + unit
+
+
+def _word(met: bool) -> str:
+    return "yes" if met else "no"
