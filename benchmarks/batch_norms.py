@@ -18,6 +18,9 @@ _PRODUCERS = (
     nn.ConvTranspose3d,
 )
 _CONSUMERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPARENT = frozenset({"identity", "dropout", "dropout1d", "dropout2d", "dropout3d"})
+_SHAPE_QUERIES = frozenset({"getattr", "size"})
+_SHAPE_METHODS = frozenset({"dim", "ndimension"})
 
 
 def batch_norms(program: Program) -> list[fx.Node]:
@@ -28,9 +31,10 @@ def batch_norms(program: Program) -> list[fx.Node]:
 def foldable(program: Program) -> list[str]:
     """Names of the batch norms that could be folded in evaluation mode and were not.
 
-    Counted are those with running statistics, called once, that directly follow a (transposed) convolution called once
-    which nothing else reads, or that only an unpadded convolution called once reads. A batch norm beside anything
-    else is not counted: whether it can go depends on more than these rules see.
+    Counted are those with running statistics, called once, that follow a (transposed) convolution called once which
+    nothing else reads, or that only an unpadded convolution called once reads. Identities and dropout in between are looked
+    through, and reading a shape is not reading. A batch norm beside anything else is not counted: whether it can go
+    depends on more than these rules see.
     """
     return [node.name for node in batch_norms(program) if _is_foldable(program, node)]
 
@@ -46,16 +50,23 @@ def _is_foldable(program: Program, node: fx.Node) -> bool:
 
 def _follows(program: Program, node: fx.Node) -> bool:
     source = node.args[0]
-    if not isinstance(source, fx.Node) or len(source.users) != 1:
-        return False
-    return isinstance(program.module_of(source), _PRODUCERS) and len(program.callers(source)) == 1
+    while isinstance(source, fx.Node) and len(_readers(program, source)) == 1:
+        if program.op(source) not in _TRANSPARENT:
+            return isinstance(program.module_of(source), _PRODUCERS) and len(program.callers(source)) == 1
+        source = source.args[0]
+    return False
 
 
 def _precedes(program: Program, node: fx.Node) -> bool:
-    if len(node.users) != 1:
-        return False
-    (user,) = node.users
-    module = program.module_of(user)
-    if not isinstance(module, _CONSUMERS) or len(program.callers(user)) != 1:
-        return False
-    return module.padding == "valid" or all(amount == 0 for amount in module.padding)
+    while len(readers := _readers(program, node)) == 1:
+        (node,) = readers
+        if program.op(node) not in _TRANSPARENT:
+            module = program.module_of(node)
+            if not isinstance(module, _CONSUMERS) or len(program.callers(node)) != 1:
+                return False
+            return module.padding == "valid" or all(amount == 0 for amount in module.padding)
+    return False
+
+
+def _readers(program: Program, node: fx.Node) -> list[fx.Node]:
+    return [user for user in node.users if program.op(user) not in _SHAPE_QUERIES and user.target not in _SHAPE_METHODS]

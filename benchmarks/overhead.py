@@ -35,6 +35,7 @@ _TINY_CALLS = 50
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="what to measure")
+    parser.add_argument("--passes", nargs="*", default=["default"], help="of fxopt.compile")
     parser.add_argument("--network", default="torchvision:resnet50", help="network of part compile")
     parser.add_argument("--compile-rounds", type=int, default=3, help="rounds of part compile")
     parser.add_argument("--call-network", default="torchvision:resnet18", help="large network of part call")
@@ -52,9 +53,15 @@ def run(arguments: argparse.Namespace) -> int:
     data: dict[str, Any] = {}
     met = []
     if "compile" in arguments.parts:
-        ratio, seconds = _compile(arguments.network, arguments.compile_rounds)
+        ratio, seconds = _compile(arguments.network, arguments.passes, rounds=arguments.compile_rounds)
         met.append(ratio.median <= COMPILE_BAR)
-        data["compile"] = {"network": arguments.network, "ratio": ratio, "seconds": seconds, "bar": COMPILE_BAR}
+        data["compile"] = {
+            "network": arguments.network,
+            "passes": arguments.passes,
+            "ratio": ratio,
+            "seconds": seconds,
+            "bar": COMPILE_BAR,
+        }
         rows.append(
             [
                 f"compile {arguments.network}",
@@ -67,7 +74,7 @@ def run(arguments: argparse.Namespace) -> int:
         )
     if "call" in arguments.parts:
         for name, calls, rounds in (("tiny", _TINY_CALLS, 200), (arguments.call_network, 1, arguments.call_rounds)):
-            bare, ours, extra = _call(name, calls=calls, rounds=rounds)
+            bare, ours, extra = _call(name, arguments.passes, calls=calls, rounds=rounds)
             met.append(extra.median <= CALL_BAR)
             data[f"call {name}"] = {"bare": bare, "fxopt": ours, "extra": extra, "bar": CALL_BAR}
             texts = [f"{each.text(1, 1e6)} us" for each in (bare, ours, extra)]
@@ -85,7 +92,7 @@ def run(arguments: argparse.Namespace) -> int:
     return int(not all(met))
 
 
-def _compile(name: str, rounds: int) -> tuple[Spread, dict[str, list[float]]]:
+def _compile(name: str, passes: list[str], *, rounds: int) -> tuple[Spread, dict[str, list[float]]]:
     import fxopt
 
     network = load_network(name)
@@ -102,7 +109,7 @@ def _compile(name: str, rounds: int) -> tuple[Spread, dict[str, list[float]]]:
     def ours(model: nn.Module = network.model, x: torch.Tensor = x) -> object:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return fxopt.compile(model, (x,), on_no_match="ignore")
+            return fxopt.compile(model, (x,), passes=passes, on_no_match="ignore")
 
     # the first export of a process imports the exporter and fills its caches
     small = _Tiny().eval()
@@ -112,7 +119,7 @@ def _compile(name: str, rounds: int) -> tuple[Spread, dict[str, list[float]]]:
     return timings.ratio("fxopt", "bare"), {key: list(values) for key, values in timings.seconds.items()}
 
 
-def _call(name: str, *, calls: int, rounds: int) -> tuple[Spread, Spread, Spread]:
+def _call(name: str, passes: list[str], *, calls: int, rounds: int) -> tuple[Spread, Spread, Spread]:
     import fxopt
 
     tiny = Network("tiny", _Tiny().eval(), (torch.randn(1, 8, 8, 8),))
@@ -120,7 +127,7 @@ def _call(name: str, *, calls: int, rounds: int) -> tuple[Spread, Spread, Spread
     model, (x,) = network.model, network.inputs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = fxopt.compile(model, (x,), on_no_match="ignore")
+        compiled = fxopt.compile(model, (x,), passes=passes, on_no_match="ignore")
     with tempfile.TemporaryDirectory() as folder:
         compiled.save(Path(folder) / "saved")
         session = _session(Path(folder) / "saved" / "model.onnx")

@@ -112,6 +112,8 @@ class Stages:
             "params": cost.params,
             "macs": cost.macs,
             "nodes": len(self._optimized.nodes),
+            "left": len(batch_norms(self._optimized)),
+            "foldable_left": foldable(self._optimized),
             **self._measure(self._optimized.module, "default"),
         }
 
