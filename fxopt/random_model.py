@@ -2,8 +2,8 @@
 
 A model is grown block by block: a block takes the current value and gives the next one. Blocks hold the patterns that
 rewriting gets wrong elsewhere: a convolution or BatchNorm called twice, a convolution whose output has two users,
-BatchNorm before a padded convolution, parallel branches that are added, values that are views of others. All choices come
-from one `random.Random`, so that a seed reproduces a model and hypothesis can shrink one (`strategies.randoms()`).
+BatchNorm before a padded convolution, parallel branches that are added, values that are views of others. All choices
+come from one `random.Random`, so that a seed reproduces a model and hypothesis can shrink one (`strategies.randoms()`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """What a pass is tested with: golden text, exact reasons, and everything that every pass must hold.
 
 `assert_pass` runs a pass once and checks, besides what the test expects, what holds for all passes: `plan` is pure and
-gives the same plan twice, rewrites survive JSON, the spec string round-trips, the caller's model is untouched, and an exact
-pass changes no output and finds nothing in a second run. All functions raise `AssertionError`; no test framework is needed.
+gives the same plan twice, rewrites survive JSON, the spec string round-trips, the caller's model is untouched, and an
+exact pass changes no output and finds nothing in a second run. All functions raise `AssertionError`; no test framework
+is needed.
 
     def test_folds() -> None:
         assert_pass(FoldBatchNorm(), model, x, rewrites=1, after='''
@@ -149,7 +150,7 @@ def assert_equivalent(
         one: the reference.
         other: what is compared with it.
         inputs: what both are called with: a tuple of positional arguments, a mapping, or one tensor.
-        tolerance: largest absolute difference over the largest magnitude of the reference's output; None allows rounding.
+        tolerance: largest absolute difference over the reference's largest magnitude; None allows rounding.
         flat: `inputs` are the flat inputs of two programs, and flat outputs are compared.
 
     Raises:
