@@ -14,6 +14,7 @@ import difflib
 import importlib
 import inspect
 import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -154,10 +155,12 @@ def _call(function: Callable[[], Any], spec: str) -> Any:
 def _from_file(path: Path) -> ModelSource:
     if not path.is_file():
         raise InputError(f"{path} does not exist")
+    if not _is_exported(path):  # asked first, as torch logs a traceback before it raises
+        raise InputError(f"{path} was not written by torch.export.save")
     try:
         exported = torch.export.load(path)
     except (RuntimeError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} was not written by torch.export.save: {_first_line(error)}") from error
+        raise InputError(f"{path} cannot be loaded by this torch: {_first_line(error)}") from error
     model = exported.module(check_guards=False)
     for module in model.modules():  # an exported program refuses eval(): its mode is burnt in, only the flag is stale
         module.training = False
@@ -165,6 +168,15 @@ def _from_file(path: Path) -> ModelSource:
     if kwargs and args:
         return ModelSource(model, None)
     return ModelSource(model, dict(kwargs) if kwargs else tuple(args) or None)
+
+
+def _is_exported(path: Path) -> bool:
+    """Whether it is an archive with the mark of the .pt2 format."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/archive_format") for name in archive.namelist())
+    except (zipfile.BadZipFile, OSError):
+        return False
 
 
 def _library(module: str, extra: str) -> Any:
