@@ -32,9 +32,9 @@ def foldable(program: Program) -> list[str]:
     """Names of the batch norms that could be folded in evaluation mode and were not.
 
     Counted are those with running statistics, called once, that follow a (transposed) convolution called once which
-    nothing else reads, or that only an unpadded convolution called once reads. Identities and dropout in between are looked
-    through, and reading a shape is not reading. A batch norm beside anything else is not counted: whether it can go
-    depends on more than these rules see.
+    nothing else reads, or that only an unpadded convolution called once reads. Identities and dropout in between are
+    looked through, and reading a shape is not reading. A batch norm beside anything else is not counted: whether it can
+    go depends on more than these rules see.
     """
     return [node.name for node in batch_norms(program) if _is_foldable(program, node)]
 
