@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-__all__ = ["Difference", "compare", "rounding_tolerance"]
+__all__ = ["Difference", "compare", "incomparable", "rounding_tolerance", "worst"]
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -44,7 +44,7 @@ def compare(reference: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) 
     Positions where the reference is not finite must hold the same value in the output.
     """
     if len(reference) != len(outputs):
-        return _incomparable(f"{len(outputs)} outputs instead of {len(reference)}")
+        return incomparable(f"{len(outputs)} outputs instead of {len(reference)}")
     pairs = enumerate(zip(reference, outputs, strict=True))
     return worst(_compare(expected, actual, index) for index, (expected, actual) in pairs)
 
@@ -70,17 +70,17 @@ def rounding_tolerance(tensors: Iterable[torch.Tensor]) -> float:
 
 def _compare(expected: torch.Tensor, actual: torch.Tensor, index: int) -> Difference:
     if expected.shape != actual.shape:
-        return _incomparable(f"output {index} has shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
+        return incomparable(f"output {index} has shape {tuple(actual.shape)} instead of {tuple(expected.shape)}")
     if expected.dtype != actual.dtype:
-        return _incomparable(f"output {index} is {actual.dtype} instead of {expected.dtype}")
+        return incomparable(f"output {index} is {actual.dtype} instead of {expected.dtype}")
     wide = torch.complex128 if expected.is_complex() else torch.float64
     left, right = expected.detach().cpu().to(wide), actual.detach().cpu().to(wide)
     finite = torch.isfinite(left)
     odd_left, odd_right = left[~finite], right[~finite]
     if not torch.equal(torch.nan_to_num(odd_left, nan=0.5), torch.nan_to_num(odd_right, nan=0.5)):
-        return _incomparable(f"output {index} differs where the reference is not finite")
+        return incomparable(f"output {index} differs where the reference is not finite")
     if not torch.isfinite(right[finite]).all():
-        return _incomparable(f"output {index} is not finite where the reference is")
+        return incomparable(f"output {index} is not finite where the reference is")
     left, right = left[finite], right[finite]
     if not left.numel():
         return Difference(0.0, 0.0, math.inf, 1.0)
@@ -96,5 +96,6 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor, index: int) -> Differ
     )
 
 
-def _incomparable(why: str) -> Difference:
+def incomparable(why: str) -> Difference:
+    """The difference of outputs that cannot be compared at all."""
     return Difference(math.inf, math.inf, -math.inf, -1.0, why)

@@ -106,7 +106,7 @@ def replace(
         kwargs = node.kwargs if args is None else {}
     args = node.args if args is None else args
     if isinstance(target, nn.Module) and len(program.callers(node)) == 1 and not _read_inside(program, str(node.target)):
-        program._module.set_submodule(str(node.target), target)
+        program._root.set_submodule(str(node.target), target)
         target.train(program.training)
         node.args, node.kwargs = tuple(args), dict(kwargs)
         program._changed()
@@ -135,7 +135,7 @@ def set_arguments(program: Program, node: fx.Node, args: Sequence[Any], kwargs: 
 def set_tensor(program: Program, node: fx.Node, name: str, value: torch.Tensor | None) -> None:
     """Gives the module called at `node` another parameter or buffer.
 
-    A parameter stays a parameter (with the old `requires_grad`), a buffer a buffer. The module object and its tensors are not
+    A parameter stays a parameter (with the old `requires_grad`; a new one trains if its siblings do), a buffer a buffer. The module object and its tensors are not
     written into; a module that other nodes call too is cloned for this node first.
 
     Args:
@@ -155,12 +155,13 @@ def set_tensor(program: Program, node: fx.Node, name: str, value: torch.Tensor |
         setattr(private, name, value)
     else:
         old = module._parameters[name]
-        trains = value.is_floating_point() if old is None else old.requires_grad
+        siblings = [old] if old is not None else list(module.parameters(recurse=False))
+        trains = value.is_floating_point() and any(item.requires_grad for item in siblings)
         setattr(private, name, nn.Parameter(value.detach(), requires_grad=trains))
     if len(program.callers(node)) > 1 or _read_inside(program, str(node.target)):
         node.target = _attach(program, private, str(node.target))
     else:
-        program._module.set_submodule(str(node.target), private)
+        program._root.set_submodule(str(node.target), private)
     program._changed()
 
 
@@ -179,11 +180,11 @@ def insert_tensor(
     Returns:
         The new `get_attr` node.
     """
-    path = _free_path(program._module, name)
+    path = _free_path(program._root, name)
     owner, _, attribute = path.rpartition(".")
-    if owner and not _exists(program._module, owner):
-        program._module.add_submodule(owner, nn.Module())
-    holder = program._module.get_submodule(owner)
+    if owner and not _exists(program._root, owner):
+        _register(program._root, owner, nn.Module())
+    holder = program._root.get_submodule(owner)
     if trains:
         holder.register_parameter(attribute, nn.Parameter(value.detach()))
     else:
@@ -197,9 +198,8 @@ def insert_tensor(
 def clean(program: Program) -> None:
     """Removes nodes whose values nobody uses, and modules and tensors that no node uses."""
     before = len(program.graph.nodes)
-    program.graph.eliminate_dead_code()
-    program._module.delete_all_unused_submodules()
-    _drop_unread_tensors(program)
+    program.graph.eliminate_dead_code(is_impure_node=_has_effect)
+    _drop_unused(program)
     if len(program.graph.nodes) != before:
         program._changed()
 
@@ -215,8 +215,8 @@ def _create(program: Program, target: Target, args: Sequence[Any], kwargs: Mappi
 
 def _attach(program: Program, module: nn.Module, path: str) -> str:
     """Registers a module under `path`, or the first free path like it."""
-    fresh = _free_path(program._module, path)
-    program._module.add_submodule(fresh, module)
+    fresh = _free_path(program._root, path)
+    _register(program._root, fresh, module)
     return fresh
 
 
@@ -241,13 +241,37 @@ def _read_inside(program: Program, path: str) -> bool:
     return any(node.op == "get_attr" and str(node.target).startswith(f"{path}.") for node in program.graph.nodes)
 
 
-def _drop_unread_tensors(program: Program) -> None:
-    """Parameters and buffers outside of called modules that no `get_attr` node reads."""
+def _has_effect(node: fx.Node) -> bool:
+    """Whether a node must stay although nobody uses its value: it writes state of the model, or ends the graph."""
+    return node.op != "call_module" and node.is_impure(impure_random=False)
+
+
+def _register(root: nn.Module, path: str, module: nn.Module) -> None:
+    """Puts a module at a path, with plain modules as folders where there are none."""
+    *folders, name = path.split(".")
+    owner = root
+    for folder in folders:
+        if folder not in owner._modules:
+            owner.add_module(folder, nn.Module())
+        owner = owner.get_submodule(folder)
+    owner.add_module(name, module)
+
+
+def _drop_unused(program: Program) -> None:
+    """Drops modules that no node calls or reads from, and tensors outside of called modules that no node reads."""
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_module"}
     read = {str(node.target) for node in program.graph.nodes if node.op == "get_attr"}
-    for path, module in list(program._module.named_modules()):
-        if any(path == item or path.startswith(f"{item}.") for item in called):
-            continue
-        for tensors in (module._parameters, module._buffers):
-            for name in [name for name in tensors if (f"{path}.{name}" if path else name) not in read]:
-                del tensors[name]
+    _prune(program._root, "", called, read)
+
+
+def _prune(module: nn.Module, path: str, called: set[str], read: set[str]) -> bool:
+    """Prunes what is below `path`; whether anything is left there."""
+    prefix = f"{path}." if path else ""
+    for name, child in list(module._modules.items()):
+        if child is None or (prefix + name not in called and not _prune(child, prefix + name, called, read)):
+            del module._modules[name]
+    for tensors in (module._parameters, module._buffers):
+        for name in [name for name in tensors if prefix + name not in read]:
+            del tensors[name]
+            module._non_persistent_buffers_set.discard(name)
+    return bool(module._modules or module._parameters or module._buffers)

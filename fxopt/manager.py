@@ -23,7 +23,7 @@ from fxopt.passes_base import Pass, Plan, Rewrite, Skip
 from fxopt.program import Program
 from fxopt.registry import Step, make_steps
 from fxopt.report import PassReport
-from fxopt.verify import Reference, check_structure, in_double
+from fxopt.verify import Reference, check_shapes, check_structure, in_double
 
 __all__ = ["NoMatchWarning", "PassManager", "RollbackWarning"]
 
@@ -195,9 +195,13 @@ class PassManager:
         except PassError as error:
             return _Trial(program, failure=str(error))
         problem = check_structure(program, candidate)
+        if problem is None and reference is None:
+            problem = check_shapes(program, candidate)
         if problem is not None or reference is None:
             return _Trial(candidate, failure=problem)
         difference = reference.difference(candidate)
+        if difference.mismatch:
+            return _Trial(candidate, failure=difference.mismatch)
         if not pass_.exact or difference.within(reference.tolerance):
             return _Trial(candidate, difference=difference)
         proof = _prove_in_double(pass_, program, rewrites)

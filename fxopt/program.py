@@ -12,6 +12,7 @@ from torch.fx.graph import CodeGen
 
 from fxopt.codegen import StructuredCodeGen
 from fxopt.errors import InputError
+from fxopt.interpret import Watch, run_graph
 from fxopt.ops import Call, resolve
 from fxopt.report import Cost, Report
 from fxopt.sharing import share_module
@@ -59,9 +60,9 @@ class Program:
         calibration: Iterable[Any] | None = None,
         target: Target | None = None,
     ) -> None:
-        module.graph.set_codegen(StructuredCodeGen(signature))
-        self._module = module
-        self._stale = True
+        self._root = share_module(module)
+        self._graph = module.graph
+        self._module: fx.GraphModule | None = None
         self._edits = 0
         self._analyses: dict[Callable[[Program], Any], Any] = {}
         self.signature = signature
@@ -76,15 +77,15 @@ class Program:
     @property
     def module(self) -> fx.GraphModule:
         """An `nn.Module` called like the model, with the model's parameter names. It trains."""
-        if self._stale:
-            self._module.recompile()
-            self._stale = False
+        if self._module is None:
+            self._graph.set_codegen(StructuredCodeGen(self.signature))
+            self._module = self._assemble(self._graph)
         return self._module
 
     @property
     def graph(self) -> fx.Graph:
         """The flat graph. Change it through `fxopt.edit` only."""
-        return self._module.graph
+        return self._graph
 
     @property
     def nodes(self) -> list[fx.Node]:
@@ -94,7 +95,7 @@ class Program:
     @property
     def training(self) -> bool:
         """Whether the model was captured in training mode."""
-        return self._module.training
+        return self._root.training
 
     @property
     def edits(self) -> int:
@@ -122,25 +123,31 @@ class Program:
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that a `call_module` node calls; None for other nodes."""
-        return self._module.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return self._root.get_submodule(str(node.target)) if node.op == "call_module" else None
 
     def tensor_of(self, node: fx.Node) -> torch.Tensor | None:
         """The parameter or buffer that a `get_attr` node reads; None for other nodes."""
         if node.op != "get_attr":
             return None
         owner, _, name = str(node.target).rpartition(".")
-        return cast(torch.Tensor, getattr(self._module.get_submodule(owner), name))
+        return cast("torch.Tensor", getattr(self._root.get_submodule(owner), name))
 
     def callers(self, node: fx.Node) -> list[fx.Node]:
         """All nodes that call the same module as `node`, itself included."""
+        if node.op != "call_module":
+            return []
         module = self.module_of(node)
-        return [other for other in self.graph.nodes if module is not None and self.module_of(other) is module]
+        return [other for other in self._graph.nodes if other.op == "call_module" and self.module_of(other) is module]
 
     def analysis(self, function: Callable[[Program], T]) -> T:
         """The result of an analysis, computed once and kept until the next edit."""
         if function not in self._analyses:
             self._analyses[function] = function(self)
         return cast(T, self._analyses[function])
+
+    def remember(self, function: Callable[[Program], T], result: T) -> None:
+        """Stores the result of an analysis that was found on the way to something else."""
+        self._analyses[function] = result
 
     def cost(self) -> Cost:
         """Parameters, multiply-accumulates at the example's sizes, and bytes of parameters and buffers."""
@@ -156,23 +163,21 @@ class Program:
 
     def flat_module(self) -> fx.GraphModule:
         """The same graph called flatly: tensors in, tuple of tensors out. Shares the tensors, not the modules."""
-        module = _share(self._module, self.graph)
-        module.graph.set_codegen(CodeGen())
-        module.recompile()
-        return module
+        twin = self.copy()
+        twin._graph.set_codegen(CodeGen())
+        return twin._assemble(twin._graph)
 
-    def run(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Runs the graph eagerly on flat inputs, without gradients; buffers are left as they are.
+    def run(self, *inputs: torch.Tensor, watch: Watch | None = None) -> tuple[torch.Tensor, ...]:
+        """Runs the graph eagerly on flat inputs, without gradients; inputs and buffers are left as they are.
 
         In training mode the outputs may be random: seed the generator to compare two runs.
+
+        Args:
+            inputs: flat tensors.
+            watch: called with each node and its value.
         """
-        module = self.flat_module()
-        if self.training:
-            module = copy.deepcopy(module)
-        # a model may write into its input: it gets a copy of its own
-        private = [tensor.detach().clone() for tensor in inputs]
-        with torch.no_grad():
-            return tuple(module(*private))
+        root = copy.deepcopy(self._root) if self.training else self._root
+        return run_graph(root, self._graph, [tensor.detach().clone() for tensor in inputs], watch)
 
     def inputs_with_batch(self, size: int | None = None, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
         """Fresh random flat inputs like the example's: same dtypes, devices and value ranges.
@@ -192,9 +197,9 @@ class Program:
         """An independent program that shares all tensors with this one. Costs O(nodes)."""
         clone = object.__new__(Program)
         clone.__dict__.update(self.__dict__)
-        clone._module = _share(self._module, self.graph)
-        clone._module.graph.set_codegen(StructuredCodeGen(self.signature))
-        clone._stale = True
+        clone._root = share_module(self._root)
+        clone._graph = _copy_graph(self._graph)
+        clone._module = None
         clone._analyses = dict(self._analyses)
         clone.report = self.report.copy()
         return clone
@@ -209,29 +214,29 @@ class Program:
     def _changed(self) -> None:
         """Called by `fxopt.edit` after every edit."""
         self._edits += 1
-        self._stale = True
+        self._module = None
         self._analyses.clear()
 
-
-def _share(module: fx.GraphModule, graph: fx.Graph) -> fx.GraphModule:
-    """A new graph module with copies of the nodes and of the module objects, and the same tensors."""
-    private = fx.Graph()
-    output = private.graph_copy(graph, val_map := {}, return_output_node=True)
-    value = output[0] if isinstance(output, tuple) else output
-    private.output(value)
-    for node, twin in val_map.items():
-        twin.meta = dict(node.meta)
-    shared = fx.GraphModule(share_module(module), private, class_name="Program")
-    shared.train(module.training)
-    _restore_modes(shared, module)
-    return shared
+    def _assemble(self, graph: fx.Graph) -> fx.GraphModule:
+        """A graph module over this program's modules."""
+        module = fx.GraphModule(self._root, graph, class_name="Program")
+        module.training = self.training
+        modes = {name: child.training for name, child in self._root.named_modules()}
+        for name, child in module.named_modules():
+            # the folders that a graph module makes for paths are new; leaf modules keep a mode of their own
+            child.training = modes.get(name, self.training)
+        return module
 
 
-def _restore_modes(shared: nn.Module, original: nn.Module) -> None:
-    """Leaf modules may be in another mode than the whole (a frozen BatchNorm in a model that trains)."""
-    modes = {name: child.training for name, child in original.named_modules()}
-    for name, child in shared.named_modules():
-        child.training = modes.get(name, child.training)
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes under the same names."""
+    twin = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    output = twin.graph_copy(graph, copies, return_output_node=True)
+    twin.output(output[0] if isinstance(output, tuple) else output)
+    for node, copied in copies.items():
+        copied.meta = dict(node.meta)
+    return twin
 
 
 def _random_like(tensor: torch.Tensor, size: int | None, generator: torch.Generator) -> torch.Tensor:

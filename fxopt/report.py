@@ -124,14 +124,13 @@ class Report:
 
         table = Table(title="fxopt report", title_justify="left")
         table.add_column("pass", overflow="fold")
-        table.add_column("left alone", overflow="fold", ratio=1)
-        for heading in ("rewrites", "seconds", "params", "MACs", "MB", "max error", "SQNR dB"):
+        for heading in ("rewrites", "left alone", "seconds", "params", "MACs", "MB", "max error", "SQNR dB"):
             table.add_column(heading, justify="right", no_wrap=True)
         for item in self.passes:
             table.add_row(
-                item.config,
-                _skip_summary(item.skips),
+                Text(item.config),
                 str(len(item.rewrites)),
+                str(len(item.skips)),
                 f"{item.seconds:.2f}",
                 _change(item.before.params, item.after.params, 1e6, "M"),
                 _change(item.before.macs, item.after.macs, 1e6, "M"),
@@ -139,8 +138,9 @@ class Report:
                 "-" if item.max_abs_error is None else f"{item.max_abs_error:.1e}",
                 "-" if item.sqnr_db is None else f"{item.sqnr_db:.0f}",
             )
-        lines = [f"{item.name}: {note}" for item in self.passes for note in item.notes] + self.notes
-        return Group(table, *(Text(f"note: {line}") for line in lines))
+        lines = [f"{item.name} left alone {line}" for item in self.passes for line in _skip_lines(item.skips)]
+        lines += [f"{item.name}: {note}" for item in self.passes for note in item.notes] + self.notes
+        return Group(table, *(Text(f"- {line}") for line in lines))
 
     def __str__(self) -> str:
         from rich.console import Console
@@ -153,13 +153,14 @@ class Report:
         return str(self)
 
 
-def _skip_summary(skips: list[Skip]) -> str:
-    by_reason = Counter(skip.why for skip in skips)
+def _skip_lines(skips: list[Skip]) -> list[str]:
+    """One line per reason, with how often it was given and the first node."""
+    count = Counter(skip.why for skip in skips)
     first = {skip.why: skip.node for skip in reversed(skips)}
-    return "\n".join(
-        f"{count} x {why} ({first[why]}, ...)" if count > 1 else f"{first[why]}: {why}"
-        for why, count in by_reason.most_common()
-    )
+    return [
+        f"{first[why]}: {why}" if times == 1 else f"{first[why]} and {times - 1} more: {why}"
+        for why, times in count.most_common()
+    ]
 
 
 def _change(before: int, after: int, unit: float, suffix: str) -> str:

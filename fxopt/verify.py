@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 import torch
 
-from fxopt.analysis.shapes import shapes
-from fxopt.compare import Difference, compare, rounding_tolerance, worst
+from fxopt.analysis.shapes import record_shapes, shapes
+from fxopt.compare import Difference, compare, incomparable, rounding_tolerance, worst
 from fxopt.program import Program
 
-__all__ = ["Reference", "check_structure", "in_double"]
+__all__ = ["Reference", "check_shapes", "check_structure", "in_double", "other_batch_size", "seeded_run"]
 
 
 class Reference(NamedTuple):
@@ -51,7 +51,11 @@ class Reference(NamedTuple):
         """How far the program's outputs are from these, the worst over all cases."""
         found = []
         for inputs, expected in zip(self.cases, self.outputs, strict=True):
-            found.append(compare(expected, seeded_run(program, inputs)))
+            try:
+                outputs = seeded_run(program, inputs)
+            except Exception as error:  # any operator may refuse its operands in its own way: the reason is kept
+                return incomparable(f"an operator refuses its operands: {_first_line(error)}")
+            found.append(compare(expected, outputs))
         return worst(found)
 
 
@@ -66,34 +70,38 @@ def seeded_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.
     """Runs the program with a fixed random state, so that two runs in training mode can be compared."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return program.run(*inputs)
+        return record_shapes(program) if inputs is program.example_inputs else program.run(*inputs)
 
 
 def check_structure(before: Program, after: Program) -> str | None:
     """What is malformed in `after`, a rewritten `before`; None if nothing is.
 
-    Checked: the graph's own rules, that inputs and output types are unchanged, that every tensor is used, and that no new
-    tensor holds NaN or infinity.
+    Checked: the graph's own rules, that inputs are unchanged, and that no new tensor holds NaN or infinity.
     """
-    return next(_problems(before, after), None)
+    return next(_malformed(before, after), None)
 
 
-def _problems(before: Program, after: Program) -> Iterator[str]:
+def check_shapes(before: Program, after: Program) -> str | None:
+    """Why `after` does not give outputs of the same shapes and types as `before`; None if it does."""
     try:
-        after.graph.lint()
+        known = after.analysis(shapes)
+    except Exception as error:  # any operator may refuse its operands in its own way: the reason is kept
+        return f"an operator refuses its operands: {_first_line(error)}"
+    expected = before.analysis(shapes)[_output(before)]
+    if known[_output(after)] != expected:
+        return f"the outputs became {known[_output(after)]}, they were {expected}"
+    return None
+
+
+def _malformed(before: Program, after: Program) -> Iterator[str]:
+    try:
+        # with the modules at hand, lint checks that every target exists
+        after.module.graph.lint()
     except RuntimeError as error:
         yield f"the graph is not well formed: {error}"
         return
     if _inputs(after) != _inputs(before):
         yield f"the inputs became {_inputs(after)}, they were {_inputs(before)}"
-    try:
-        known = after.analysis(shapes)
-    except Exception as error:  # any operator may refuse its operands in its own way: the reason is kept
-        yield f"an operator refuses its operands: {_first_line(error)}"
-        return
-    expected = before.analysis(shapes)[_output(before)]
-    if known[_output(after)] != expected:
-        yield f"the outputs became {known[_output(after)]}, they were {expected}"
     old = {id(tensor) for tensor in (*before.module.parameters(), *before.module.buffers())}
     for name, tensor in (*after.module.named_parameters(), *after.module.named_buffers()):
         if id(tensor) not in old and tensor.is_floating_point() and not torch.isfinite(tensor).all():
@@ -102,17 +110,10 @@ def _problems(before: Program, after: Program) -> Iterator[str]:
 
 def in_double(program: Program) -> Program:
     """A copy in float64: there an exact rewrite is exact to 1e-9, and what float32 showed was rounding if it was no error."""
-    clone = program.copy()
-    module = copy.deepcopy(clone.module).double()
+    module = copy.deepcopy(program.module).double()
     inputs = tuple(item.double() if item.is_floating_point() else item for item in program.example_inputs)
     double = Program(
-        module,
-        program.signature,
-        inputs,
-        frontend=program.frontend,
-        batch=program.batch,
-        calibration=program.calibration,
-        target=program.target,
+        module, program.signature, inputs, frontend=program.frontend, batch=program.batch, target=program.target
     )
     double.properties = program.properties
     return double

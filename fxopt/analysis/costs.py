@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
+from fxopt.analysis.shapes import TensorSpec, shapes
+from fxopt.interpret import run_graph
+from fxopt.ops import Call
 from fxopt.report import Cost
+from fxopt.sharing import share_module
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
 __all__ = ["macs_by_node", "total_cost"]
+
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
+_TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
+_PRODUCTS = frozenset({"matmul", "mm", "bmm", "addmm"})
+_INTRICATE = frozenset({"einsum", "bilinear", "lstm", "gru", "rnn", "multi_head_attention"})
 
 
 def total_cost(program: Program) -> Cost:
@@ -31,34 +40,68 @@ def total_cost(program: Program) -> Cost:
 def macs_by_node(program: Program) -> Mapping[str, int]:
     """MACs of each node that multiplies and accumulates (convolution, linear, matmul, attention), by node name.
 
-    Counted by torch's own flop counter, two flops a MAC, at the sizes of the example inputs.
+    From the shapes, at the sizes of the example inputs. A program with operators whose products are hidden (recurrent layers,
+    einsum, unknown functions) is counted by torch's flop counter instead, two flops a MAC.
     """
-    counter = _Counter(program.flat_module())
+    calls = [(node, program.call(node)) for node in program.graph.nodes]
+    if any(call.op in _INTRICATE or call.op.startswith("unknown:") for _, call in calls):
+        return _counted(program)
+    known = program.analysis(shapes)
+    found = {node.name: _macs(node, call, known) for node, call in calls}
+    return {name: macs for name, macs in found.items() if macs}
+
+
+def _macs(node: fx.Node, call: Call, known: Mapping[str, Any]) -> int:
+    if call.op in _CONVOLUTIONS or call.op == "linear":
+        shape = _weight_shape(call, known)
+        return _numel(known[node.name]) * math.prod(shape[1:])
+    if call.op in _TRANSPOSED:
+        return _numel(_spec(call.arguments["input"], known)) * math.prod(_weight_shape(call, known)[1:])
+    if call.op in _PRODUCTS:
+        return _numel(known[node.name]) * _spec(call.arguments["input"], known).shape[-1]
+    if call.op == "scaled_dot_product_attention":
+        query, value = (_spec(call.arguments[name], known) for name in ("query", "value"))
+        return math.prod(query.shape[:-1]) * value.shape[-2] * (query.shape[-1] + value.shape[-1])
+    return 0
+
+
+def _weight_shape(call: Call, known: Mapping[str, Any]) -> tuple[int, ...]:
+    if call.module is not None:
+        return tuple(cast("torch.Tensor", call.module.weight).shape)
+    return _spec(call.arguments["weight"], known).shape
+
+
+def _spec(value: Any, known: Mapping[str, Any]) -> TensorSpec:
+    return cast("TensorSpec", known[value.name])
+
+
+def _numel(spec: TensorSpec) -> int:
+    return math.prod(spec.shape)
+
+
+def _counted(program: Program) -> Mapping[str, int]:
+    """By torch's flop counter, on fake tensors; on real ones if a shape depends on the data."""
+    from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
     try:
         with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            counter.run(*(mode.from_tensor(tensor.detach()) for tensor in program.example_inputs))
+            return _count(program, [mode.from_tensor(tensor.detach()) for tensor in program.example_inputs])
     except (DataDependentOutputException, DynamicOutputShapeException):
-        counter.found.clear()
-        counter.run(*(tensor.detach().clone() for tensor in program.example_inputs))
-    return counter.found
+        return _count(program, [tensor.detach().clone() for tensor in program.example_inputs])
 
 
-class _Counter(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        from torch.utils.flop_counter import FlopCounterMode
+def _count(program: Program, inputs: list[torch.Tensor]) -> dict[str, int]:
+    from torch.utils.flop_counter import FlopCounterMode
 
-        super().__init__(module)
-        self.found: dict[str, int] = {}
-        self._mode = FlopCounterMode(display=False)
+    found: dict[str, int] = {}
+    with FlopCounterMode(display=False) as mode:
+        seen = 0
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad(), self._mode:
-            return super().run(*args, **kwargs)
+        def watch(node: fx.Node, value: Any) -> None:
+            nonlocal seen
+            flops, seen = mode.get_total_flops() - seen, mode.get_total_flops()
+            if flops:
+                found[node.name] = flops // 2
 
-    def run_node(self, n: fx.Node) -> Any:
-        before = self._mode.get_total_flops()
-        value = super().run_node(n)
-        flops = self._mode.get_total_flops() - before
-        if flops:
-            self.found[n.name] = flops // 2
-        return value
+        run_graph(share_module(program.module), program.graph, inputs, watch)
+    return found

@@ -1,18 +1,27 @@
-"""Shape and dtype of every value, found by running the graph on fake tensors (no arithmetic, no memory)."""
+"""Shape and dtype of every value of a program, at the sizes of the example inputs.
+
+Found without arithmetic, by running the graph on meta tensors, or on fake ones where an operator insists on a device. A real
+run knows the shapes too: `record_shapes` keeps what it saw, so that verification pays for the analysis.
+"""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from fxopt.interpret import Watch, run_graph
+from fxopt.sharing import share_module
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["TensorSpec", "shapes"]
+__all__ = ["TensorSpec", "record_shapes", "shapes"]
+
+_log = logging.getLogger(__name__)
 
 
 class TensorSpec(NamedTuple):
@@ -40,35 +49,60 @@ _SHORT = {
 
 
 def shapes(program: Program) -> Mapping[str, Any]:
-    """By node name: a `TensorSpec`, a tuple of them for nodes that give several, or the plain value (sizes).
+    """By node name: a `TensorSpec`, a tuple of them for nodes that give several, or the plain value (sizes)."""
+    for attempt in (_on_meta, _on_fakes):
+        try:
+            return attempt(program)
+        except Exception as error:  # operators that have no kernel for it refuse in many ways; the next attempt decides
+            _log.debug("shapes %s: %s", attempt.__name__, error)
+    record_shapes(program)
+    return program.analysis(shapes)
 
-    Sizes are those of the example inputs.
+
+def record_shapes(program: Program) -> tuple[torch.Tensor, ...]:
+    """Runs the program on its example inputs, and keeps the shapes that it saw as the program's `shapes`.
+
+    Returns:
+        The flat outputs.
     """
-    recorder = _Recorder(program.flat_module())
-    try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-            fakes = [mode.from_tensor(tensor.detach()) for tensor in program.example_inputs]
-            recorder.run(*fakes)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        # a value depends on the data: only a real run knows its shape
-        recorder.found.clear()
-        recorder.run(*(tensor.detach().clone() for tensor in program.example_inputs))
-    return recorder.found
+    found: dict[str, Any] = {}
+    outputs = program.run(*program.example_inputs, watch=_recorder(found))
+    program.remember(shapes, found)
+    return outputs
 
 
-class _Recorder(fx.Interpreter):
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.found: dict[str, Any] = {}
+def _on_meta(program: Program) -> dict[str, Any]:
+    """A run on tensors without storage: fast, but every operator must have a meta kernel and name no device."""
+    root = share_module(program.module)
+    for module in root.modules():
+        for tensors in (module._parameters, module._buffers):
+            for name, tensor in tensors.items():
+                tensors[name] = None if tensor is None else _meta(tensor)
+    found: dict[str, Any] = {}
+    with torch.device("meta"):
+        run_graph(root, program.graph, [_meta(tensor) for tensor in program.example_inputs], _recorder(found))
+    return found
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
-        with torch.no_grad():
-            return super().run(*args, **kwargs)
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        self.found[n.name] = _spec(value)
-        return value
+def _on_fakes(program: Program) -> dict[str, Any]:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    found: dict[str, Any] = {}
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        inputs = [mode.from_tensor(tensor.detach()) for tensor in program.example_inputs]
+        run_graph(share_module(program.module), program.graph, inputs, _recorder(found))
+    return found
+
+
+def _meta(tensor: torch.Tensor) -> Any:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _recorder(found: dict[str, Any]) -> Watch:
+    def record(node: fx.Node, value: Any) -> None:
+        found[node.name] = _spec(value)
+
+    return record
 
 
 def _spec(value: Any) -> Any:

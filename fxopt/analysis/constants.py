@@ -1,0 +1,107 @@
+"""Which values do not depend on the inputs, and what they are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import fx, nn
+
+from fxopt.analysis.effects import is_pure
+from fxopt.analysis.shapes import TensorSpec, shapes
+
+if TYPE_CHECKING:
+    from fxopt.program import Program
+
+__all__ = ["Sources", "constants", "evaluate", "needed_constants", "sources"]
+
+
+class Sources(NamedTuple):
+    """What a constant is computed from.
+
+    Attributes:
+        tensors: the `get_attr` nodes, in execution order.
+        inside: all nodes that take part, itself included.
+        trained: the parameters that a gradient reaches through it.
+    """
+
+    tensors: tuple[fx.Node, ...]
+    inside: frozenset[fx.Node]
+    trained: tuple[fx.Node, ...]
+
+
+def constants(program: Program) -> frozenset[str]:
+    """Names of the nodes whose value is fixed: tensors of the program that nothing writes, and pure functions of such."""
+    written = {id(program.tensor_of(node)) for node in _written(program)}
+    found: set[str] = set()
+    for node in program.graph.nodes:
+        fixed = all(source.name in found for source in node.all_input_nodes)
+        if fixed and is_pure(program, node) and (node.op != "call_module") and id(program.tensor_of(node)) not in written - {id(None)}:
+            found.add(node.name)
+    return frozenset(found)
+
+
+def needed_constants(program: Program) -> list[fx.Node]:
+    """Constant tensors, other than the program's own, that something which is not constant reads."""
+    fixed = program.analysis(constants)
+    known = program.analysis(shapes)
+    return [
+        node
+        for node in program.graph.nodes
+        if node.name in fixed
+        and node.op != "get_attr"
+        and isinstance(known.get(node.name), TensorSpec)
+        and any(user.name not in fixed for user in node.users)
+    ]
+
+
+def sources(program: Program, node: fx.Node) -> Sources:
+    """What the constant `node` is computed from."""
+    inside = _ancestors(node, through=lambda _: True)
+    trained = _ancestors(node, through=lambda item: program.op(item) != "detach")
+    tensors = [item for item in program.graph.nodes if item in inside and item.op == "get_attr"]
+    return Sources(tuple(tensors), frozenset(inside), tuple(item for item in tensors if item in trained and _trains(program, item)))
+
+
+def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
+    """The value of a constant tensor, on memory of its own and contiguous."""
+    inside = _ancestors(node, through=lambda _: True)
+    values: dict[fx.Node, Any] = {}
+    with torch.no_grad():
+        for item in program.graph.nodes:
+            if item in inside:
+                values[item] = _call(program, item, values)
+    value: torch.Tensor = values[node]
+    return value.detach().clone(memory_format=torch.contiguous_format)
+
+
+def _call(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
+    if node.op == "get_attr":
+        return program.tensor_of(node)
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    target: Any = node.target
+    return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+
+
+def _ancestors(node: fx.Node, *, through: Any) -> set[fx.Node]:
+    found, waiting = {node}, [node]
+    while waiting:
+        item = waiting.pop()
+        for source in item.all_input_nodes if through(item) else ():
+            if source not in found:
+                found.add(source)
+                waiting.append(source)
+    return found
+
+
+def _written(program: Program) -> Iterator[fx.Node]:
+    """The `get_attr` nodes that some call writes into."""
+    for node in program.graph.nodes:
+        if program.call(node).inplace:
+            yield from (source for source in node.all_input_nodes if source.op == "get_attr")
+
+
+def _trains(program: Program, node: fx.Node) -> bool:
+    tensor = program.tensor_of(node)
+    return isinstance(tensor, nn.Parameter) and tensor.requires_grad
