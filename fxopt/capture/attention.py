@@ -125,7 +125,7 @@ class Attention(nn.Module):
         if attn_mask is not None:
             mask = self._additive(attn_mask)
             if mask.dim() == 3:
-                mask = mask.unflatten(0, (-1, self.num_heads))
+                mask = mask.reshape(-1, self.num_heads, *mask.shape[1:])
         if key_padding_mask is not None:
             padding = self._additive(key_padding_mask)
             padding = padding[:, None, None, :] if padding.dim() == 2 else padding

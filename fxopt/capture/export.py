@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import operator
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import fx, nn
 
 from fxopt.capture.captured import Captured
+from fxopt.capture.functionalize import functionalize
 from fxopt.capture.hierarchy import find, install, is_persistent
 from fxopt.capture.raising import raise_to_modules
 from fxopt.errors import CaptureError
@@ -26,6 +27,7 @@ from fxopt.structure import Structure, flatten
 __all__ = ["trace_export"]
 
 _PREFIX = "model."
+_TO_THE_END = 2**63 - 1  # how ATen spells the open end of a slice
 _CHECKS = {
     "_assert_async",
     "_assert_scalar",
@@ -55,19 +57,38 @@ def trace_export(
     wrapper = _Flat(model, signature, outputs.append)
     with _tracing():
         program, dynamic, note = _export(wrapper, tuple(example_inputs), batch)
-        exported = program.module(check_guards=False)
-    graph = fx.Graph()
-    transcription = _Transcription(graph, exported, signature.names, model)
-    transcription.run()
-    module = _assemble(graph, transcription.tensors, model)
-    _drop_lifting(module)
+        try:
+            module = _flat_module(program, signature, model)
+        except CaptureError as error:
+            if model.training:
+                raise
+            # Even an empty decomposition rids a program of writes through views and of contexts. It is no first choice:
+            # dropouts disappear, too.
+            note = "; ".join([*([note] if note else []), f"captured without its dropouts, because {error}"])
+            module = _flat_module(program.run_decompositions({}), signature, model)
     raise_to_modules(module, training=model.training, original=model)
-    for node in graph.nodes:
+    for node in module.graph.nodes:
         # Fake tensors keep export's whole shape environment alive.
         node.meta = {key: value for key, value in node.meta.items() if key == "stack_trace"}
-    _late_attributes(graph)
+    _late_attributes(module.graph)
     module.recompile()
     return Captured(module, outputs[-1], dynamic, note)
+
+
+def _flat_module(program: torch.export.ExportedProgram, signature: Signature, model: nn.Module) -> fx.GraphModule:
+    """A plain graph without in-place operations, over the model's tensors."""
+    graph = fx.Graph()
+    transcription = _Transcription(graph, program.module(check_guards=False), signature.names, model)
+    transcription.run()
+    # Given a root, GraphModule would copy its tensors, and make every buffer a persistent one.
+    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
+    for path, tensor in transcription.tensors.items():
+        # What is no state of the model is a constant, and not in its state dict.
+        install(module, path, tensor, persistent=is_persistent(model, path))
+    module.graph = graph
+    _drop_identities(module)
+    functionalize(module)
+    return module
 
 
 class _Flat(nn.Module):
@@ -163,6 +184,7 @@ class _Transcription:
         self.graph = graph
         self.exported = exported
         self.names = names
+        self.model = model
         self.tensors: dict[str, torch.Tensor] = {}  # by path: what the graph reads
         # A tensor that the model holds under several names is known by the first, as in named_parameters().
         self.paths = {id(tensor): path for path, tensor in (*model.named_buffers(), *model.named_parameters())}
@@ -195,6 +217,13 @@ class _Transcription:
                 values[node] = self._inline(node, value_of(node.args))
             elif node.target is operator.getitem and isinstance(values[node.args[0]], tuple | list):
                 values[node] = values[node.args[0]][node.args[1]]
+            elif node.target is torch.ops.aten._native_batch_norm_legit_no_training.default:
+                *operands, momentum, eps = value_of(node.args)
+                norm = self.graph.call_function(
+                    torch.ops.aten.batch_norm.default, (*operands, False, momentum, eps, False)
+                )
+                norm.meta = _meta(node) | {"val": node.meta["val"][0]}
+                values[node] = (norm, None, None)  # the saved statistics are empty in evaluation
             else:
                 values[node] = self.graph.create_node(
                     node.op, node.target, value_of(node.args), value_of(node.kwargs), name=_plain_name(node)
@@ -205,11 +234,20 @@ class _Transcription:
     def _attribute(self, node: fx.Node, value: Any) -> Any:
         if not isinstance(value, torch.Tensor):
             return value  # a subgraph, to be inlined where it is called
-        path = self.paths.get(id(value), str(node.target).removeprefix(_PREFIX))
+        path = self.paths.setdefault(id(value), self._constant_path(str(node.target).removeprefix(_PREFIX)))
         self.tensors[path] = value
         attribute = self.graph.get_attr(path)
         attribute.meta = _meta(node)
         return attribute
+
+    def _constant_path(self, path: str) -> str:
+        """Where a tensor goes that is neither parameter nor buffer: its attribute's path if it has one."""
+        if find(self.model, path) is not None:
+            return path
+        number = 0
+        while f"constant_{number}" in self.tensors or find(self.model, f"constant_{number}") is not None:
+            number += 1
+        return f"constant_{number}"
 
     def _inline(self, node: fx.Node, args: Sequence[Any]) -> Any:
         """The values of a subgraph that was set apart for a context."""
@@ -252,18 +290,8 @@ def _plain_name(node: fx.Node) -> str:
     return node.name.removesuffix("_default")
 
 
-def _assemble(graph: fx.Graph, tensors: Mapping[str, torch.Tensor], model: nn.Module) -> fx.GraphModule:
-    """The graph over the tensors it reads; what is no state of the model is a constant, and not part of its state dict."""
-    # Given a root, GraphModule would copy its tensors, and make every buffer a persistent one.
-    module = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
-    for path, tensor in tensors.items():
-        install(module, path, tensor, persistent=is_persistent(model, path))
-    module.graph = graph
-    return module
-
-
-def _drop_lifting(module: fx.GraphModule) -> None:
-    """Removes the copies that export makes of constants, and detaching what has no gradient."""
+def _drop_identities(module: fx.GraphModule) -> None:
+    """Removes the copies that export makes of constants, detaching what has no gradient, and slices of everything."""
     graph = module.graph
     aten = torch.ops.aten
     for node in list(graph.nodes):
@@ -278,7 +306,7 @@ def _drop_lifting(module: fx.GraphModule) -> None:
             plain = source.op == "get_attr" and not isinstance(find(module, str(source.target)), nn.Parameter)
             if node.target is not aten.alias.default and not plain:
                 continue
-        else:
+        elif node.target is not aten.slice.Tensor or node.args[2:] != (0, _TO_THE_END):
             continue
         node.replace_all_uses_with(source)
         graph.erase_node(node)

@@ -15,11 +15,36 @@ from fxopt.capture.raising import raise_to_modules
 from fxopt.program import BatchAxis
 from fxopt.signature import Signature
 
-ATTRIBUTES = tuple(
-    "in_channels out_channels kernel_size stride padding dilation groups output_padding padding_mode in_features "
-    "out_features num_features eps momentum affine track_running_stats normalized_shape elementwise_affine num_groups "
-    "num_channels num_embeddings embedding_dim padding_idx scale_grad_by_freq sparse num_parameters p inplace "
-    "training".split()
+ATTRIBUTES = (
+    "in_channels",
+    "out_channels",
+    "kernel_size",
+    "stride",
+    "padding",
+    "dilation",
+    "groups",
+    "output_padding",
+    "padding_mode",
+    "in_features",
+    "out_features",
+    "num_features",
+    "eps",
+    "momentum",
+    "affine",
+    "track_running_stats",
+    "normalized_shape",
+    "elementwise_affine",
+    "num_groups",
+    "num_channels",
+    "num_embeddings",
+    "embedding_dim",
+    "padding_idx",
+    "scale_grad_by_freq",
+    "sparse",
+    "num_parameters",
+    "p",
+    "inplace",
+    "training",
 )
 
 IMAGE = (6, 8, 8)
