@@ -69,10 +69,22 @@ def _replace(model: nn.Module, replacements: dict[nn.Module, nn.Module]) -> nn.M
 def _bake(module: nn.Module) -> None:
     """Turns a module's computed tensors into plain parameters of their present value."""
     if parametrize.is_parametrized(module):
-        for name in list(module.parametrizations):  # type: ignore[arg-type]
-            parametrize.remove_parametrizations(module, name, leave_parametrized=True)
+        _bake_parametrizations(module)
     for hook in list(module._forward_pre_hooks.values()):
-        if isinstance(hook, WeightNorm):
-            nn.utils.remove_weight_norm(module, hook.name)
-        elif isinstance(hook, SpectralNorm):
-            nn.utils.remove_spectral_norm(module, hook.name)
+        if isinstance(hook, WeightNorm | SpectralNorm):
+            remove = nn.utils.remove_weight_norm if isinstance(hook, WeightNorm) else nn.utils.remove_spectral_norm
+            remove(module, hook.name)
+
+
+def _bake_parametrizations(module: Any) -> None:
+    # parametrize.remove_parametrizations would take the tensor off the class, which copies of the module share.
+    computed = {name: getattr(module, name).detach().clone() for name in module.parametrizations}
+    parameters = {name: list(module.parametrizations[name].parameters(recurse=False)) for name in computed}
+    module.__class__ = parametrize.type_before_parametrizations(module)
+    del module._modules["parametrizations"]
+    for name, value in computed.items():
+        if parameters[name]:
+            trains = any(parameter.requires_grad for parameter in parameters[name])
+            module.register_parameter(name, nn.Parameter(value, requires_grad=trains))
+        else:
+            module.register_buffer(name, value)
