@@ -190,7 +190,8 @@ def insert_tensor(
     else:
         holder.register_buffer(attribute, value.detach())
     with program.graph.inserting_before(anchor):
-        node = program.graph.get_attr(path)
+        # Graph.get_attr would look the path up in the graph module that owned the graph last, which is not the program
+        node = program.graph.create_node("get_attr", path)
     program._changed()
     return node
 
