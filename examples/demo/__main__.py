@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--backend", default="onnx", help="a backend, such as onnx or eager (default: onnx)")
     options = parser.parse_args()
 
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 120)
     with console.status("reading the network and the photographs"):
         model = pretrained_model()
         photographs = load_photographs()
