@@ -125,16 +125,21 @@ class _ProgramEngine(_TorchEngine):
         if any(shapes):
             try:
                 with _quiet_export():
-                    return torch.export.export(self._graph_module, self._examples, dynamic_shapes=shapes)
+                    return self._export_with(shapes)
             except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason in the warning and the note)
                 _log.debug("export with a dynamic batch failed", exc_info=True)
                 self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {_first_line(error)}"
                 warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)
         try:
             with _quiet_export():
-                return torch.export.export(self._graph_module, self._examples)
+                return self._export_with(None)
         except Exception as error:
             raise BackendError(f"torch.export cannot save this program: {_first_line(error)}") from error
+
+    def _export_with(self, shapes: tuple[Any, ...] | None) -> ExportedProgram:
+        # torch.export marks the tensors that it is given as dynamic, and leaves the marks if it fails
+        examples = tuple(tensor.detach() for tensor in self._examples)
+        return torch.export.export(self._graph_module, examples, dynamic_shapes=shapes)
 
     def _nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._graph_module.state_dict().values())

@@ -53,8 +53,6 @@ class OnnxBackend(Backend):
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         self._require_available()
-        if program.training:
-            raise BackendError("the onnx backend runs inference only: call model.eval() first, or use backend='eager'")
         from fxopt.lowering import onnx_export, onnx_optimize
         from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session, tensor_device
 

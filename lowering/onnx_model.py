@@ -11,7 +11,7 @@ message, and the large initializers beside it as torch tensors; each reader gets
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -60,6 +60,12 @@ class OnnxModel:
     weights: Mapping[str, torch.Tensor]
 
     @classmethod
+    def of(cls, graph: onnx.ModelProto, weights: Mapping[str, torch.Tensor]) -> OnnxModel:
+        """The model of a graph and its weights, without those that it does not use: ONNX Runtime refuses them."""
+        used = _used_names(graph.graph)
+        return cls(graph, {name: tensor for name, tensor in weights.items() if name in used})
+
+    @classmethod
     def from_ir(cls, model: onnx_ir.Model) -> OnnxModel:
         """Takes over what `torch.onnx.export` made; `model` loses its large initializers."""
         import onnx_ir
@@ -74,7 +80,7 @@ class OnnxModel:
             if dtype is not None:
                 weights[name] = _private_copy(constant, dtype)
                 del model.graph.initializers[name]
-        return cls(onnx_ir.to_proto(model), weights)
+        return cls.of(onnx_ir.to_proto(model), weights)
 
     @property
     def nbytes(self) -> int:
@@ -93,13 +99,12 @@ class OnnxModel:
         return model
 
     def with_graph(self, as_inputs: onnx.ModelProto) -> OnnxModel:
-        """The model with another graph, given with the weights as inputs; weights that it does not use are dropped."""
+        """The model with another graph, given with the weights as inputs."""
         graph = _copy(as_inputs)
-        used = _used_names(graph.graph)
         inputs = [item for item in graph.graph.input if item.name not in self.weights]
         del graph.graph.input[:]
         graph.graph.input.extend(inputs)
-        return replace(self, graph=graph, weights={name: self.weights[name] for name in self.weights if name in used})
+        return self.of(graph, self.weights)
 
     def as_external(self) -> onnx.ModelProto:
         """A new message that says at which offset of `DATA_FILE` each weight is."""
@@ -120,9 +125,9 @@ class OnnxModel:
             item.raw_data = _as_bytes(tensor)
         return model
 
-    def save(self, directory: Path) -> None:
-        """Writes `MODEL_FILE`, and `DATA_FILE` where one message cannot hold the model."""
-        if self.nbytes < _ONE_FILE_BELOW:
+    def save(self, directory: Path, *, one_file_below: int = _ONE_FILE_BELOW) -> None:
+        """Writes `MODEL_FILE`, and `DATA_FILE` where the model has `one_file_below` bytes or more."""
+        if self.nbytes < one_file_below:
             (directory / MODEL_FILE).write_bytes(self.as_one().SerializeToString())
             return
         with (directory / DATA_FILE).open("wb") as file:
@@ -155,7 +160,7 @@ class OnnxModel:
                 kept.append(item)
         del graph.graph.initializer[:]
         graph.graph.initializer.extend(kept)
-        return cls(graph, weights)
+        return cls.of(graph, weights)
 
 
 def _private_copy(constant: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -15,12 +15,12 @@ from fxopt.lowering.onnx_model import OnnxModel
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["check", "optimize"]
+__all__ = ["SAFE_PASSES", "check", "optimize"]
 
 # Passes that keep inputs, outputs and values as they are, up to rounding. Left out on purpose: those that rename or
 # split for training (rename_input_output, split_init, split_predict), that change the inputs' types
 # (rewrite_input_dtype), and those that fold a weight, which ONNX Runtime does itself with the weights at hand.
-_SAFE = (
+SAFE_PASSES = (
     "eliminate_nop_cast",
     "eliminate_nop_dropout",
     "eliminate_nop_flatten",
@@ -71,7 +71,7 @@ def optimize(model: OnnxModel) -> tuple[OnnxModel, list[str]]:
     available = set(onnxoptimizer.get_available_passes())
     graph = model.as_inputs()
     try:
-        optimized = onnxoptimizer.optimize(graph, [name for name in _SAFE if name in available])
+        optimized = onnxoptimizer.optimize(graph, [name for name in SAFE_PASSES if name in available])
         changed = _changed_interface(model.graph, optimized)
         if changed:
             return model, [*check(model), f"onnxoptimizer was left out: it changed {changed}"]

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import gc
+import re
 import statistics
 import threading
 import time
-import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,11 +17,302 @@ from torch import nn
 from torchvision.models import mobilenet_v3_small
 
 import fxopt
-from fxopt.backend import FixedBatchWarning
+from fxopt.backend import Engine, FixedBatchWarning
+from fxopt.compare import compare
 from fxopt.errors import BackendError, BackendUnavailable, InputError
 from fxopt.lowering import OnnxBackend
+from fxopt.lowering.onnx_model import MODEL_FILE
 from fxopt.lowering.onnx_optimize import SAFE_PASSES
-from fxopt.lowering.onnx_session import OnnxEngine
 from fxopt.program import BatchAxis, Program
 from fxopt.registry import make_backend
-from fxopt.verify import outputs_of  # placeholder
+
+BACKEND = OnnxBackend(num_threads=1)
+
+
+class Tiny(nn.Module):
+    def __init__(self, width: int = 8) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(x)
+
+
+class Mixed(nn.Module):
+    """Integers, booleans, an input that is returned, an output used twice, and an input that nothing uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(10, 4)
+
+    def forward(
+        self, ids: torch.Tensor, mask: torch.Tensor, unused: torch.Tensor, *, scale: torch.Tensor
+    ) -> dict[str, object]:
+        values = self.embedding(ids) * mask.unsqueeze(-1) * scale.reshape(-1, 1, 1)
+        return {"mask": mask, "output": values, "pair": (values.argmax(-1), values > 0)}
+
+
+def lowered(model: nn.Module, inputs: object, *, dynamic_batch: bool = True) -> tuple[Program, Engine]:
+    program = fxopt.capture(model.eval(), inputs)
+    return program, BACKEND.lower(program, dynamic_batch=dynamic_batch)
+
+
+def saved_graph(engine: Engine, folder: Path) -> onnx.ModelProto:
+    engine.save(folder)
+    return onnx.load_model(folder / MODEL_FILE)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> tuple[Program, Engine]:
+    return lowered(Tiny(), torch.randn(2, 8))
+
+
+def test_a_real_network_at_several_batch_sizes() -> None:
+    torch.manual_seed(0)
+    program, engine = lowered(mobilenet_v3_small(), torch.randn(1, 3, 64, 64))
+    for size in (1, 2, 5):
+        x = torch.randn(size, 3, 64, 64)
+        assert compare(program.run(x), engine(x)).within(1e-5)
+    info = engine.info()
+    assert info["dynamic_batch"] is True
+    assert info["notes"] == []
+    assert info["threads"] == 1
+    # the exporter folds batch norms, which takes a few thousand parameters away
+    assert info["bytes"] > 3.9 * sum(parameter.numel() for parameter in program.module.parameters())
+
+
+def test_an_example_batch_of_one_is_not_specialised() -> None:
+    _, engine = lowered(Tiny(), torch.randn(1, 8))
+    assert engine(torch.randn(7, 8))[0].shape == (7, 8)
+
+
+def test_mixed_inputs_and_outputs(tmp_path: Path) -> None:
+    ids, mask = torch.randint(0, 10, (2, 3)), torch.tensor([[True, False, True], [False, True, True]])
+    inputs = {"ids": ids, "mask": mask, "unused": torch.randn(2, 5), "scale": torch.randn(2)}
+    program, engine = lowered(Mixed(), inputs)
+    for size in (2, 3):
+        flat = program.inputs_with_batch(size)
+        expected, actual = program.run(*flat), engine(*flat)
+        assert [tensor.dtype for tensor in actual] == [torch.bool, torch.float32, torch.int64, torch.bool]
+        assert compare(expected, actual).within(1e-6)
+    graph = saved_graph(engine, tmp_path).graph
+    assert [item.name for item in graph.input] == ["ids", "mask", "unused", "scale"]
+    assert [item.name for item in graph.output] == ["mask_1", "output", "pair_0", "pair_1"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_other_float_types(dtype: torch.dtype) -> None:
+    class Scaled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(5000).to(dtype))  # large enough to be kept outside the graph
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.cat([x, self.weight.unsqueeze(0)], 0)
+
+    program = fxopt.capture(Scaled(), torch.randn(2, 5000).to(dtype))
+    engine = BACKEND.lower(program, dynamic_batch=False)
+    (expected,), (actual,) = program.run(*program.example_inputs), engine(*program.example_inputs)
+    assert actual.dtype is dtype
+    assert torch.equal(actual, expected)
+
+
+def test_scalars_and_no_elements() -> None:
+    class Scale(nn.Module):
+        def forward(self, x: torch.Tensor, factor: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x * factor, factor + 1
+
+    _, engine = lowered(Scale(), (torch.randn(2, 3), torch.tensor(2.5)))
+    x = torch.randn(2, 3)
+    product, scalar = engine(x, torch.tensor(4.0))
+    assert torch.equal(product, x * 4)
+    assert scalar.shape == () and scalar.item() == 5.0
+
+
+def test_inputs_need_not_be_contiguous_or_free_of_gradients(tiny: tuple[Program, Engine]) -> None:
+    program, engine = tiny
+    strided = torch.randn(8, 6).t()[::2]
+    assert not strided.is_contiguous()
+    assert compare(program.run(strided), engine(strided)).within(1e-6)
+    parameter = nn.Parameter(torch.randn(3, 8))
+    (output,) = engine(parameter)
+    assert not output.requires_grad
+    assert compare(program.run(parameter), (output,)).within(1e-6)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ((torch.randn(2, 8, dtype=torch.float64),), "input x: expected torch.float32 .*, got torch.float64"),
+        ((torch.randn(2, 9),), re.escape("input x: expected shape [batch, 8], got [2, 9]")),
+        ((torch.randn(8),), re.escape("input x: expected shape [batch, 8], got [8]")),
+        ((torch.randn(2, 8, device="meta"),), "input x: expected it on cpu, got meta"),
+        ((np.zeros((2, 8), dtype=np.float32),), "input x: expected a tensor .*, got ndarray"),
+        ((), re.escape("expected 1 inputs (x: float32[batch, 8]), got 0")),
+        ((torch.randn(2, 8), torch.randn(2, 8)), "got 2"),
+    ],
+)
+def test_wrong_inputs_are_named(tiny: tuple[Program, Engine], inputs: tuple[torch.Tensor, ...], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        tiny[1](*inputs)
+
+
+def test_batches_that_differ_are_refused() -> None:
+    class Add(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return x + y
+
+    _, engine = lowered(Add(), (torch.randn(2, 3), torch.randn(2, 3)))
+    with pytest.raises(InputError, match="input y: expected batch 4 as the inputs before it, got 5"):
+        engine(torch.randn(4, 3), torch.randn(5, 3))
+
+
+def test_a_batch_that_cannot_be_dynamic_becomes_fixed_with_a_warning() -> None:
+    class Fixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("offset", torch.randn(2, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + self.offset
+
+    program = fxopt.capture(Fixed(), torch.randn(2, 3))
+    program.batch = BatchAxis((0,), 2)  # capture sees that it is fixed; the backend must find out by itself
+    with pytest.warns(FixedBatchWarning, match="fixed batch of 2: the exporter failed: .*static shape of 2"):
+        engine = BACKEND.lower(program, dynamic_batch=True)
+    assert engine.info()["dynamic_batch"] is False
+    assert "fixed batch of 2" in engine.info()["notes"][0]
+    assert compare(program.run(*program.example_inputs), engine(*program.example_inputs)).within(1e-6)
+    with pytest.raises(InputError, match=re.escape("expected shape [2, 3], got [4, 3]")):
+        engine(torch.randn(4, 3))
+
+
+def test_a_fixed_batch_that_was_asked_for_does_not_warn() -> None:
+    _, engine = lowered(Tiny(), torch.randn(2, 8), dynamic_batch=False)
+    assert engine.info()["dynamic_batch"] is False
+    assert engine.info()["notes"] == []
+    with pytest.raises(InputError):
+        engine(torch.randn(3, 8))
+
+
+def test_each_call_has_outputs_of_its_own_that_outlive_the_engine() -> None:
+    class Constant(nn.Module):
+        """Returns a weight: a caller who writes into the output must not reach it."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.arange(3000.0))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return self.weight, x * 2
+
+    program = fxopt.capture(Constant(), torch.randn(2, 3))
+    engine = BACKEND.lower(program, dynamic_batch=False)
+    x = torch.randn(2, 3)
+    before = x.clone()
+    weight, doubled = engine(x)
+    weight.zero_()
+    doubled.zero_()
+    assert torch.equal(x, before)
+    second = engine(x)
+    del engine
+    gc.collect()
+    assert torch.equal(second[0], torch.arange(3000.0))
+    assert torch.equal(second[1], x * 2)
+    assert not doubled.any()
+
+
+def test_training_the_program_does_not_change_the_engine(tmp_path: Path) -> None:
+    program, engine = lowered(Tiny(width=600), torch.randn(2, 8))
+    x = torch.randn(2, 8)
+    (before,) = engine(x)
+    with torch.no_grad():
+        for parameter in program.module.parameters():
+            parameter.zero_()
+    assert torch.equal(engine(x)[0], before)
+    session = onnxruntime.InferenceSession(saved_graph(engine, tmp_path).SerializeToString())
+    assert compare((before,), (torch.from_numpy(session.run(None, {"x": x.numpy()})[0]),)).within(1e-6)
+
+
+def test_threads_share_an_engine(tiny: tuple[Program, Engine]) -> None:
+    program, engine = tiny
+    inputs = [torch.randn(size, 8) for size in (1, 2, 3, 4)]
+    expected = [program.run(x) for x in inputs]
+    wrong: list[str] = []
+
+    def work(index: int) -> None:
+        for _ in range(200):
+            difference = compare(expected[index], engine(inputs[index]))
+            if not difference.within(1e-6):
+                wrong.append(str(difference))
+
+    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert wrong == []
+
+
+def test_the_optimizer_shortens_the_graph_and_keeps_the_answer() -> None:
+    class Detour(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return (x.permute(0, 2, 1).permute(0, 2, 1) * 2).reshape(-1, 3, 4).transpose(1, 2).transpose(1, 2)
+
+    program = fxopt.capture(Detour(), torch.randn(2, 3, 4))
+    plain = OnnxBackend(num_threads=1, optimize=False).lower(program, dynamic_batch=True)
+    optimized = BACKEND.lower(program, dynamic_batch=True)
+    assert optimized.info()["nodes"] < plain.info()["nodes"]
+    x = torch.randn(3, 3, 4)
+    assert torch.equal(plain(x)[0], optimized(x)[0])
+
+
+def test_every_optimizer_pass_that_we_name_exists() -> None:
+    assert set(SAFE_PASSES) <= set(onnxoptimizer.get_available_passes())
+
+
+def test_lowering_is_silent_and_leaves_no_paths(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    _, engine = lowered(Tiny(), torch.randn(2, 8))
+    assert capfd.readouterr() == ("", "")
+    engine.save(tmp_path)
+    assert str(Path(__file__).parent).encode() not in (tmp_path / MODEL_FILE).read_bytes()
+
+
+def test_what_cannot_be_exported_says_so() -> None:
+    class Eigenvalues(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.linalg.eigvals(x)
+
+    program = fxopt.capture(Eigenvalues(), torch.randn(2, 3, 3))
+    with pytest.raises(BackendError, match="backend='eager' runs it without that") as caught:
+        BACKEND.lower(program, dynamic_batch=False)
+    assert caught.value.__cause__ is not None
+
+
+def test_options() -> None:
+    assert str(OnnxBackend(num_threads=2)) == "onnx(num_threads=2)"
+    everything = OnnxBackend(num_threads=2, providers=("CPUExecutionProvider",), optimize=False)
+    assert make_backend(str(everything)) == everything
+    assert OnnxBackend().unavailable() is None
+    with pytest.raises(ValueError, match="num_threads must be at least 1"):
+        OnnxBackend(num_threads=0)
+    program = fxopt.capture(Tiny().eval(), torch.randn(2, 8))
+    with pytest.raises(BackendUnavailable, match="has no QuantumExecutionProvider; it has .*CPUExecutionProvider"):
+        OnnxBackend(providers=("QuantumExecutionProvider",)).lower(program, dynamic_batch=True)
+
+
+def test_a_call_costs_at_most_50_microseconds_beyond_the_session(tiny: tuple[Program, Engine], tmp_path: Path) -> None:
+    _, engine = tiny
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    session = onnxruntime.InferenceSession(saved_graph(engine, tmp_path).SerializeToString(), options)
+    x = torch.randn(2, 8)
+    feed = {"x": x.numpy()}
+    overheads = []
+    for _ in range(2000):
+        start = time.perf_counter()
+        session.run(None, feed)
+        middle = time.perf_counter()
+        engine(x)
+        overheads.append(time.perf_counter() - middle - (middle - start))
+    assert statistics.median(overheads) < 50e-6
