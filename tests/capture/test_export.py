@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import nn
 from torch.fx.graph import CodeGen
+from torch.nn.utils.parametrizations import weight_norm
 
 from fxopt.capture.captured import Captured
 from fxopt.capture.export import trace_export
+from fxopt.capture.standardize import standardize
 from fxopt.errors import CaptureError
 from fxopt.program import BatchAxis
 from fxopt.signature import Signature
@@ -336,6 +338,19 @@ def test_attention_in_evaluation_does_not_take_the_fused_path() -> None:
     x = torch.rand(3, 5, 8)
     torch.testing.assert_close(captured.module(x)[0], layer(x), rtol=1e-5, atol=1e-6)
     assert torch.backends.mha.get_fastpath_enabled()
+
+
+def test_a_standardized_model_exports_to_fewer_steps() -> None:
+    torch.manual_seed(0)
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    model = nn.Sequential(layer, weight_norm(nn.Linear(8, 3))).eval()
+    plain, standard = (export(item, (torch.rand(2, 5, 8),)) for item in (model, standardize(copy.deepcopy(model))))
+    assert len(standard.module.graph.nodes) < len(plain.module.graph.nodes)
+    assert type(standard.module.get_submodule("1")) is nn.Linear
+    x = torch.rand(3, 5, 8)
+    for captured in (plain, standard):
+        assert captured.dynamic_batch
+        torch.testing.assert_close(captured.module(x)[0], model(x), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
