@@ -37,7 +37,9 @@ def trace_symbolic(model: nn.Module, signature: Signature, example_inputs: Seque
         raise CaptureError(f"symbolic tracing failed: {type(error).__name__}: {_first_line(error)}") from error
     if tracer.outputs is None:
         raise CaptureError("symbolic tracing failed: the model returned nothing")
-    return Captured(fx.GraphModule(tracer.root, graph, class_name="Program"), tracer.outputs)
+    module = fx.GraphModule(tracer.root, graph, class_name="Program")
+    _drop_assertions(module)
+    return Captured(module, tracer.outputs)
 
 
 def opaque_calls(module: fx.GraphModule) -> list[str]:
@@ -81,6 +83,15 @@ class _FlatTracer(fx.Tracer):
         if m._forward_hooks or m._forward_pre_hooks or parametrize.is_parametrized(m):
             return False
         return is_known_module(m) or super().is_leaf_module(m, module_qualified_name)
+
+
+def _drop_assertions(module: fx.GraphModule) -> None:
+    """Removes `torch._assert` and what only it reads: a program holds for the inputs it was captured with, and checks those."""
+    for node in list(module.graph.nodes):
+        if node.op == "call_function" and node.target in (torch._assert, torch._assert_async):
+            module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
 
 
 def _first_line(error: BaseException) -> str:
