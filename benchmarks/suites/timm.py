@@ -62,7 +62,7 @@ def find_smallest() -> dict[str, dict[str, Any]]:
         for name in variants:
             try:
                 measured.append((*_measure(name), name))
-            except Exception as error:  # noqa: BLE001, PERF203 (any of timm's 1400 constructors may fail in its own way)
+            except Exception as error:  # noqa: BLE001 (any of timm's 1400 constructors may fail in its own way)
                 unbuildable[name] = f"{type(error).__name__}: {error}".splitlines()[0]
                 logger.warning("%s cannot be built on the meta device: %s", name, unbuildable[name])
         real = [each for each in measured if not each[-1].startswith("test_")]
