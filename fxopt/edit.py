@@ -17,7 +17,7 @@ from fxopt.errors import InputError
 from fxopt.program import Program
 from fxopt.sharing import share_module
 
-__all__ = ["bypass", "clean", "insert_after", "insert_before", "insert_tensor", "replace", "set_arguments", "set_tensor"]
+__all__ = ["bypass", "clean", "insert_after", "insert_before", "insert_tensor", "raise_calls", "replace", "set_arguments", "set_tensor"]
 
 Target = nn.Module | Callable[..., Any] | str
 
@@ -276,3 +276,16 @@ def _prune(module: nn.Module, path: str, called: set[str], read: set[str]) -> bo
             del tensors[name]
             module._non_persistent_buffers_set.discard(name)
     return bool(module._modules or module._parameters or module._buffers)
+
+
+def raise_calls(program: Program) -> None:
+    """Raises functional calls whose tensors are parameters by now to modules, near the path of their weight.
+
+    As at capture: see `fxopt.capture.raising`.
+    """
+    from fxopt.capture.raising import raise_to_modules
+
+    module = program.flat_module()
+    raise_to_modules(module, training=program.training)
+    program._root, program._graph = share_module(module), module.graph
+    program._changed()

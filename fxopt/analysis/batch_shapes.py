@@ -64,19 +64,19 @@ class BatchShapes:
 
 
 def batch_shapes(program: Program) -> BatchShapes | None:
-    """An analysis; None if the batch is free but no other batch size could be tried without data."""
-    known = program.analysis(shapes)
-    if program.batch is None:
-        return BatchShapes(known)
+    """An analysis; None if a shape or size depends on data, or if an operator refuses the other batch size."""
     try:
-        return BatchShapes(known, _at_other_size(program, program.batch.inputs))
+        other = _on_fakes(program)
     except Exception as error:  # noqa: BLE001 (any operator may refuse fake values in its own way: nothing is assumed then)
         _log.info("shapes at another batch size are not known: %s: %s", type(error).__name__, error)
         return None
+    return BatchShapes(program.analysis(shapes), other)
 
 
-def _at_other_size(program: Program, batched: tuple[int, ...]) -> Mapping[str, Any]:
+def _on_fakes(program: Program) -> Mapping[str, Any]:
+    """Shapes at the other batch size, or at the example's if that is fixed: only fakes prove that no data is looked at."""
     recorder = _Recorder(program.flat_module())
+    batched = () if program.batch is None else program.batch.inputs
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
         inputs = [
             _resized(tensor) if index in batched else mode.from_tensor(tensor.detach())

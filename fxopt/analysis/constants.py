@@ -36,8 +36,11 @@ def constants(program: Program) -> frozenset[str]:
     written = {id(program.tensor_of(node)) for node in _written(program)}
     found: set[str] = set()
     for node in program.graph.nodes:
-        fixed = all(source.name in found for source in node.all_input_nodes)
-        if fixed and is_pure(program, node) and (node.op != "call_module") and id(program.tensor_of(node)) not in written - {id(None)}:
+        if node.op == "get_attr":
+            fixed = id(program.tensor_of(node)) not in written
+        else:
+            fixed = node.op != "call_module" and is_pure(program, node)
+        if fixed and all(source.name in found for source in node.all_input_nodes):
             found.add(node.name)
     return frozenset(found)
 
