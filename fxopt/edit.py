@@ -190,7 +190,6 @@ def insert_tensor(
     else:
         holder.register_buffer(attribute, value.detach())
     with program.graph.inserting_before(anchor):
-        # Graph.get_attr would look the path up in the graph module that owned the graph last, which is not the program
         node = program.graph.create_node("get_attr", path)
     program._changed()
     return node
@@ -209,7 +208,7 @@ def _create(program: Program, target: Target, args: Sequence[Any], kwargs: Mappi
     if isinstance(target, nn.Module):
         target.train(program.training)
         path = _attach(program, target, (name or type(target).__name__.lower()))
-        return program.graph.call_module(path, tuple(args), dict(kwargs))
+        return program.graph.create_node("call_module", path, tuple(args), dict(kwargs))
     kind = "call_method" if isinstance(target, str) else "call_function"
     return program.graph.create_node(kind, target, tuple(args), dict(kwargs), name=name)
 

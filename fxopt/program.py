@@ -61,7 +61,7 @@ class Program:
         target: Target | None = None,
     ) -> None:
         self._root = share_module(module)
-        self._graph = module.graph
+        self._graph = _copy_graph(module.graph)
         self._module: fx.GraphModule | None = None
         self._edits = 0
         self._analyses: dict[Callable[[Program], Any], Any] = {}
@@ -78,8 +78,10 @@ class Program:
     def module(self) -> fx.GraphModule:
         """An `nn.Module` called like the model, with the model's parameter names. It trains."""
         if self._module is None:
-            self._graph.set_codegen(StructuredCodeGen(self.signature))
-            self._module = self._assemble(self._graph)
+            # a graph module owns its graph: what was handed out must neither follow later edits nor forbid them
+            graph = _copy_graph(self._graph)
+            graph.set_codegen(StructuredCodeGen(self.signature))
+            self._module = self._assemble(graph)
         return self._module
 
     @property

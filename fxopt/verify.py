@@ -95,9 +95,10 @@ def check_shapes(before: Program, after: Program) -> str | None:
 
 def _malformed(before: Program, after: Program) -> Iterator[str]:
     try:
+        after.graph.lint()
         # with the modules at hand, lint checks that every target exists
         after.module.graph.lint()
-    except RuntimeError as error:
+    except (AttributeError, RuntimeError) as error:
         yield f"the graph is not well formed: {error}"
         return
     if _inputs(after) != _inputs(before):
