@@ -291,13 +291,22 @@ def _plain_name(node: fx.Node) -> str:
 
 
 def _drop_identities(module: fx.GraphModule) -> None:
-    """Removes the copies that export makes of constants, detaching what has no gradient, and slices of everything."""
+    """Removes the copies that export makes of constants, detaching what has no gradient, and slices of everything.
+
+    Random fillings of new tensors, which have pure forms of other names, are spelled by those.
+    """
     graph = module.graph
     aten = torch.ops.aten
+    filling = {aten.bernoulli_.float: aten.bernoulli.p, aten.normal_.default: aten.normal_functional.default}
     for node in list(graph.nodes):
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             continue
         source = node.args[0]
+        if node.target in filling and source.op == "call_function" and len(source.users) == 1:
+            if node.target is aten.bernoulli_.float and len(node.args) == 1:
+                node.args = (source, 0.5)  # the default, which the pure form has none of
+            node.target = filling[node.target]
+            continue
         if node.target in (aten.lift_fresh_copy.default, aten.lift_fresh.default):
             if _is_written(node):
                 node.target = aten.clone.default  # each call needs its own

@@ -265,6 +265,29 @@ def test_autocast_becomes_casts() -> None:
     assert_same_answers(model, captured, torch.rand(3, 4))
 
 
+class DropPath(nn.Module):
+    """Stochastic depth as timm writes it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training:
+            return x
+        kept = x.new_empty((x.shape[0], 1)).bernoulli_(0.5)
+        kept.div_(0.5)
+        return x * kept + x.new_empty(x.shape).normal_(0.0, 2.0)
+
+
+def test_random_fillings_have_pure_forms() -> None:
+    model = DropPath().train()
+    captured = export(model, (torch.rand(2, 4),))
+    for node in captured.module.graph.nodes:
+        assert not getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    x = torch.rand(9, 4)
+    torch.manual_seed(0)
+    expected = model(x)
+    torch.manual_seed(0)
+    assert torch.equal(captured.module(x)[0], expected)
+
+
 class Counting(nn.Module):
     def __init__(self) -> None:
         super().__init__()
