@@ -80,12 +80,12 @@ def write(
     report: Report,
     target: Target,
 ) -> None:
-    """Saves an engine. A folder that fxopt wrote earlier is replaced as a whole; any other non-empty one is refused.
+    """Saves an engine. A folder that holds what fxopt wrote earlier, and nothing else, is replaced as a whole.
 
     Raises:
         ArtifactError: if the place is taken by something else, or cannot be written.
     """
-    place = Path(directory).absolute()
+    place = Path(directory).resolve()
     _refuse_foreign(place)
     draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}.saving")
     try:
@@ -155,16 +155,24 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
 
 
 def _refuse_foreign(place: Path) -> None:
-    if place.is_symlink() or (place.exists() and not place.is_dir()):
+    if place.exists() and not place.is_dir():
         raise ArtifactError(f"{place} exists and is not a folder: choose another place")
     if not place.exists() or not any(place.iterdir()):
         return
     try:
-        _read_manifest(place, any_version=True)
+        listed = _read_manifest(place, any_version=True).get("files")
     except ArtifactError as error:
         raise ArtifactError(
             f"{place} is not empty and was not written by fxopt: nothing was changed; choose another place"
         ) from error
+    ours = {MANIFEST_FILE, REPORT_FILE, *(listed if isinstance(listed, dict) else ())}
+    found = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir())
+    others = [name for name in found if name not in ours]
+    if others:
+        raise ArtifactError(
+            f"{place} also holds {', '.join(others[:3])}, which fxopt did not write: "
+            "nothing was changed; move what is yours, or choose another place"
+        )
 
 
 def _replace(draft: Path, place: Path) -> None:
@@ -214,7 +222,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def _files(place: Path, data: Mapping[str, Any]) -> dict[str, tuple[int, str]]:

@@ -21,8 +21,9 @@ from fxopt.spec import spec_string
 if TYPE_CHECKING:
     from fxopt.artifact import Manifest
     from fxopt.program import Program
+    from fxopt.target import Target
 
-__all__ = ["Backend", "Engine", "FixedBatchWarning", "TensorSpec", "check_inputs"]
+__all__ = ["Backend", "Engine", "FixedBatchWarning", "TensorSpec", "check_inputs", "tensor_device"]
 
 
 class FixedBatchWarning(UserWarning):
@@ -142,6 +143,11 @@ class Backend(ABC):
 
     def __str__(self) -> str:
         return spec_string(self)
+
+
+def tensor_device(target: Target) -> torch.device:
+    """The device of a target, as tensors name it: "cuda" is "cuda:0"."""
+    return torch.device("cuda", 0) if target.device == "cuda" else torch.device(target.device)
 
 
 def check_inputs(specs: Sequence[TensorSpec], device: torch.device, inputs: Sequence[Any]) -> None:

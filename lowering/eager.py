@@ -54,14 +54,15 @@ class EagerBackend(Backend):
         path = directory / _FILE
         with _quiet_export():
             exported = load_archive(path)
-        shapes = _input_shapes(exported)
-        if len(shapes) != len(manifest.inputs):
-            raise ArtifactError(
-                f"{path} takes {len(shapes)} inputs, the manifest says {len(manifest.inputs)}: save it again"
-            )
+        values = _input_values(exported)
+        if len(values) != len(manifest.inputs):
+            raise ArtifactError(f"{path} takes {len(values)} inputs, not {len(manifest.inputs)}: save the engine again")
         # the archive may have a fixed batch where the engine had none
-        inputs = tuple(spec._replace(shape=shape) for spec, shape in zip(manifest.inputs, shapes, strict=True))
-        return _ArchiveEngine(exported, inputs, torch.device(manifest.target.device), manifest)
+        inputs = tuple(
+            spec._replace(shape=tuple(size if isinstance(size, int) else None for size in value.shape))
+            for spec, value in zip(manifest.inputs, values, strict=True)
+        )
+        return _ArchiveEngine(exported, inputs, values[0].device, manifest)
 
 
 class _TorchEngine(Engine):
@@ -168,10 +169,10 @@ class _ArchiveEngine(_TorchEngine):
         return list(self._saved_notes)
 
 
-def _input_shapes(exported: ExportedProgram) -> list[tuple[int | None, ...]]:
+def _input_values(exported: ExportedProgram) -> list[Any]:
+    """A tensor without data per input; a size that is free is a symbol, whatever torch's annotations say."""
     wanted = set(exported.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in wanted]
-    return [tuple(size if isinstance(size, int) else None for size in value.shape) for value in values]
+    return [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in wanted]
 
 
 @contextlib.contextmanager

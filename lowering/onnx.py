@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from fxopt.backend import Backend, Engine, TensorSpec
+from fxopt.backend import Backend, Engine, TensorSpec, tensor_device
 from fxopt.errors import BackendError, BackendUnavailable
 
 if TYPE_CHECKING:
@@ -54,9 +54,9 @@ class OnnxBackend(Backend):
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         self._require_available()
         from fxopt.lowering import onnx_export, onnx_optimize
-        from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session, tensor_device
+        from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session
 
-        device = tensor_device(program.target.device)
+        device = tensor_device(program.target)
         providers = choose_providers(self.providers, device)
         started = time.perf_counter()
         exported = onnx_export.export(program, dynamic_batch=dynamic_batch)
@@ -87,9 +87,9 @@ class OnnxBackend(Backend):
     def load(self, directory: Path, manifest: Manifest) -> Engine:
         self._require_available()
         from fxopt.lowering.onnx_model import OnnxModel
-        from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session, tensor_device
+        from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session
 
-        device = tensor_device(manifest.target.device)
+        device = tensor_device(manifest.target)
         model = OnnxModel.load(directory)
         session = open_session(model, providers=choose_providers(self.providers, device), threads=self._threads())
         return OnnxEngine(model, session, inputs=manifest.inputs, device=device, notes=manifest.notes)

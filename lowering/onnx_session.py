@@ -21,7 +21,7 @@ from fxopt.lowering.onnx_model import OnnxModel
 if TYPE_CHECKING:
     import onnxruntime
 
-__all__ = ["OnnxEngine", "choose_providers", "open_session", "tensor_device"]
+__all__ = ["OnnxEngine", "choose_providers", "open_session"]
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _ERRORS_ONLY = 3
@@ -102,11 +102,6 @@ class OnnxEngine(Engine):
             "seconds": dict(self._seconds),
             "notes": list(self._notes),
         }
-
-
-def tensor_device(device: str) -> torch.device:
-    """The device that a target names, as tensors name it: "cuda" is "cuda:0"."""
-    return torch.device("cuda", 0) if device == "cuda" else torch.device(device)
 
 
 def choose_providers(providers: tuple[str, ...] | None, device: torch.device) -> list[str | tuple[str, dict[str, Any]]]:

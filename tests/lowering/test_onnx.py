@@ -126,7 +126,8 @@ def test_scalars_and_no_elements() -> None:
     x = torch.randn(2, 3)
     product, scalar = engine(x, torch.tensor(4.0))
     assert torch.equal(product, x * 4)
-    assert scalar.shape == () and scalar.item() == 5.0
+    assert scalar.shape == ()
+    assert scalar.item() == 5.0
 
 
 def test_inputs_need_not_be_contiguous_or_free_of_gradients(tiny: tuple[Program, Engine]) -> None:
@@ -297,7 +298,7 @@ def test_options() -> None:
     with pytest.raises(ValueError, match="num_threads must be at least 1"):
         OnnxBackend(num_threads=0)
     program = fxopt.capture(Tiny().eval(), torch.randn(2, 8))
-    with pytest.raises(BackendUnavailable, match="has no QuantumExecutionProvider; it has .*CPUExecutionProvider"):
+    with pytest.raises(BackendUnavailable, match=r"has no QuantumExecutionProvider; it has .*CPUExecutionProvider"):
         OnnxBackend(providers=("QuantumExecutionProvider",)).lower(program, dynamic_batch=True)
 
 

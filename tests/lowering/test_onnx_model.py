@@ -95,7 +95,11 @@ def test_damaged_files_are_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("key", "value", "message"),
-    [("location", "../secret", "was not written by fxopt"), ("length", "7", "has 7 bytes"), ("offset", "x", "no offset")],
+    [
+        ("location", "../secret", "was not written by fxopt"),
+        ("length", "7", "has 7 bytes"),
+        ("offset", "x", "no offset"),
+    ],
 )
 def test_external_data_elsewhere_is_refused(tmp_path: Path, key: str, value: str, message: str) -> None:
     model().save(tmp_path, one_file_below=1000)
