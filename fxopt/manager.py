@@ -51,6 +51,7 @@ class _Trial(NamedTuple):
     failure: str | None = None
     difference: Difference | None = None
     note: str | None = None
+    error: PassError | None = None
 
 
 @dataclass
@@ -164,7 +165,10 @@ class PassManager:
         while trial.failure is not None:
             count = self._first_failing(pass_, program, kept, pending, reference)
             culprit = pending[count - 1]
-            failure = self._try(pass_, program, [*kept, *pending[:count]], reference).failure or trial.failure
+            broken = self._try(pass_, program, [*kept, *pending[:count]], reference)
+            failure = broken.failure or trial.failure
+            if self.on_failure == "raise" and broken.error is not None:
+                raise broken.error
             if self.on_failure == "raise":
                 raise VerificationError(
                     pass_name=pass_.name, check=failure, rewrite=str(culprit), excerpt=excerpt(program, culprit.node)
@@ -193,7 +197,7 @@ class PassManager:
         try:
             candidate = _apply(pass_, program, rewrites)
         except PassError as error:
-            return _Trial(program, failure=str(error))
+            return _Trial(program, failure=str(error), error=error)
         problem = check_structure(program, candidate)
         if problem is None and reference is None:
             problem = check_shapes(program, candidate)
@@ -234,7 +238,10 @@ def _apply(pass_: Pass, program: Program, rewrites: Iterable[Rewrite]) -> Progra
             raise PassError(message, pass_name=pass_.name, node=rewrite.node) from error
         if candidate.edits == before:
             raise PassError(f"{rewrite.what}: apply changed nothing", pass_name=pass_.name, node=rewrite.node)
-    edit.clean(candidate)
+    try:
+        edit.clean(candidate)
+    except RuntimeError as error:
+        raise PassError(f"the graph is not well formed: {error}", pass_name=pass_.name) from error
     return candidate
 
 

@@ -107,14 +107,23 @@ class Plan:
         """Asks `pass_` for its plan, and checks that every decision is what the contract says.
 
         Raises:
-            PassError: if a decision is not a `Rewrite` or `Skip`, names no node, or is not JSON.
+            PassError: if planning fails or changes the program, or if a decision is not a `Rewrite` or `Skip`, names no
+                node, or is not JSON.
         """
-        from fxopt.errors import PassError
+        from fxopt.errors import FxoptError, PassError
 
         plan = cls(pass_.name, str(pass_))
         names = {node.name for node in program.graph.nodes}
         before = program.edits
-        for decision in pass_.plan(program):
+        try:
+            decisions = list(pass_.plan(program))
+        except FxoptError:
+            raise
+        except Exception as error:  # whatever goes wrong inside a pass is its failure: named, and chained
+            raise PassError(f"plan failed: {type(error).__name__}: {error}", pass_name=pass_.name) from error
+        if program.edits != before:
+            raise PassError("plan changed the program; only apply may", pass_name=pass_.name)
+        for decision in decisions:
             if not isinstance(decision, Rewrite | Skip):
                 raise PassError(f"plan must give Rewrite or Skip, not {decision!r}", pass_name=pass_.name)
             if decision.node not in names:
@@ -127,8 +136,6 @@ class Plan:
             except TypeError as error:
                 raise PassError(f"params are not JSON: {error}", pass_name=pass_.name, node=decision.node) from error
             plan.rewrites.append(decision)
-        if program.edits != before:
-            raise PassError("plan changed the program; only apply may", pass_name=pass_.name)
         return plan
 
     def __str__(self) -> str:
