@@ -9,6 +9,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -102,6 +103,7 @@ def add_network_arguments(parser: argparse.ArgumentParser, default: Sequence[str
         "--networks", nargs="+", default=list(default), metavar="NAME", help="torchvision:NAME, timm:NAME"
     )
     parser.add_argument("--size", type=int, default=None, help="height and width of the inputs [each network's own]")
+    parser.add_argument("--out", type=Path, default=None, help="JSON file [benchmarks/results/NAME.json]")
     parser.add_argument("--rounds", type=int, default=15, help="rounds of the interleaved timing")
 
 

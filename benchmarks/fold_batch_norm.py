@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     columns = ("network", "version", "batch norms run", "error", "seconds", "latency / model", "failure")
     table = Table("fold_batch_norm", columns, rows, notes)
-    save(RESULTS / "fold_batch_norm.json", table, {"bar": BAR, "networks": results})
+    save(arguments.out or RESULTS / "fold_batch_norm.json", table, {"bar": BAR, "networks": results})
     return int(bool(bad))
 
 

@@ -68,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     columns = ("network", "version", "convolutions", "batch norms", "error", "seconds", "latency / model", "failure")
     save(
-        RESULTS / "merge_branches.json",
+        arguments.out or RESULTS / "merge_branches.json",
         Table("merge_branches", columns, rows, notes),
         {"bar": BAR, "networks": results},
     )

@@ -61,7 +61,11 @@ def run(arguments: argparse.Namespace) -> int:
         results.append({**compared.to_json(), "nodes_before": before, "nodes_after": after, "pass": report.to_json()})
     notes = ["latency: eager, over the captured program's, median of interleaved rounds with quartiles", *bad]
     columns = ("network", "frontend", "nodes", "after", "rewrites", "error", "pass s", "latency / captured")
-    save(RESULTS / "simplify.json", Table("simplify", columns, rows, notes), {"bar": BAR, "networks": results})
+    save(
+        arguments.out or RESULTS / "simplify.json",
+        Table("simplify", columns, rows, notes),
+        {"bar": BAR, "networks": results},
+    )
     return int(bool(bad))
 
 
