@@ -30,11 +30,11 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
             return tree.id, {}
         if isinstance(tree, ast.Call) and isinstance(tree.func, ast.Name) and not tree.args:
             options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in tree.keywords}
-            if None not in options:
+            if None not in options and len(options) == len(tree.keywords):
                 return tree.func.id, cast("dict[str, Any]", options)
     except (SyntaxError, ValueError) as error:
         raise RegistryError(f"{text!r} is not a spec: write name or name(option=value, ...) with literals") from error
-    raise RegistryError(f"{text!r} is not a spec: write name or name(option=value, ...), options by keyword")
+    raise RegistryError(f"{text!r} is not a spec: write name or name(option=value, ...), options by keyword, once each")
 
 
 def spec_string(configured: Any) -> str:

@@ -1,0 +1,134 @@
+"""Names are found by entry points: built-in ones, plugins on the path, broken ones, and ones that two claim."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fxopt import registry
+from fxopt.errors import RegistryError
+from fxopt.passes import DEFAULT, FoldBatchNorm
+from fxopt.registry import BrokenPluginWarning, make_backend, make_pass, make_steps
+
+Install = Callable[[str, str, str], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Install:
+    """Puts a distribution on the path, as pip would: metadata with entry points, and one module."""
+    monkeypatch.syspath_prepend(str(tmp_path))
+
+    def add(name: str, entry_points: str, source: str) -> None:
+        info = tmp_path / f"{name}-1.0.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+        (info / "entry_points.txt").write_text(entry_points)
+        (tmp_path / f"{name}.py").write_text(source)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+    return add
+
+
+PLUGIN = """
+from dataclasses import dataclass
+from typing import ClassVar
+from fxopt import Pass
+
+@dataclass(frozen=True, kw_only=True)
+class Idle(Pass):
+    name: ClassVar[str] = "idle"
+    often: int = 1
+    def plan(self, program):
+        return []
+    def apply(self, program, rewrite):
+        raise AssertionError
+"""
+
+
+def test_the_built_in_passes_backends_and_pipelines_are_registered() -> None:
+    assert registry.passes()["fold_batch_norm"] is FoldBatchNorm
+    assert {"fold_batch_norm", "merge_branches", "simplify"} <= registry.passes().keys()
+    assert {"eager", "onnx"} <= registry.backends().keys()
+    assert registry.pipelines()["default"] == DEFAULT
+
+
+def test_names_of_classes_are_those_they_are_registered_by() -> None:
+    for found in (registry.passes(), registry.backends()):
+        for name, kind in found.items():
+            assert kind.name == name
+
+
+def test_a_plugin_is_found_by_name(install: Install) -> None:
+    install("fxopt_idle", "[fxopt.passes]\nidle = fxopt_idle:Idle\n", PLUGIN)
+    made = make_pass("idle(often=3)")
+    assert str(made) == "idle(often=3)"
+    assert "idle" in registry.passes()
+
+
+def test_a_plugin_may_bring_a_pipeline(install: Install) -> None:
+    entries = "[fxopt.passes]\nidle = fxopt_idle:Idle\n[fxopt.pipelines]\ntwice = fxopt_idle:TWICE\n"
+    install("fxopt_idle", entries, PLUGIN + "TWICE = ('idle', 'idle(often=2)')\n")
+    steps = make_steps(["twice", "idle"])
+    assert [str(step.pass_) for step in steps] == ["idle", "idle(often=2)", "idle"]
+    assert [step.explicit for step in steps] == [False, False, True]
+
+
+def test_a_broken_plugin_is_named_and_skipped_and_the_rest_works(install: Install) -> None:
+    install("fxopt_broken", "[fxopt.passes]\nbroken = fxopt_broken:Pass\n", "import no_such_package\n")
+    with pytest.warns(BrokenPluginWarning, match=r"skipped 'broken' of the distribution fxopt_broken .*no_such_package"):
+        found = registry.passes()
+    assert "broken" not in found
+    assert "fold_batch_norm" in found
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make_pass("fold_batch_norm")
+    with pytest.raises(RegistryError, match="reinstall or remove that package") as caught:
+        make_pass("broken")
+    assert isinstance(caught.value.__cause__, ModuleNotFoundError)
+
+
+def test_a_name_that_two_distributions_claim_is_an_error_naming_both(install: Install) -> None:
+    install("fxopt_one", "[fxopt.passes]\nidle = fxopt_one:Idle\n", PLUGIN)
+    install("fxopt_two", "[fxopt.passes]\nidle = fxopt_two:Idle\n", PLUGIN)
+    message = "the name 'idle' is registered by fxopt_one and fxopt_two: uninstall one of them"
+    with pytest.raises(RegistryError, match=message):
+        make_pass("idle")
+    with pytest.warns(BrokenPluginWarning, match=message):
+        assert "idle" not in registry.passes()
+
+
+def test_a_plugin_cannot_take_a_built_in_name(install: Install) -> None:
+    install("fxopt_thief", "[fxopt.passes]\nfold_batch_norm = fxopt_thief:Idle\n", PLUGIN)
+    with pytest.raises(RegistryError, match="is registered by fxopt and fxopt_thief"):
+        make_pass("fold_batch_norm")
+    make_pass("simplify")
+
+
+def test_unknown_names_list_the_known_ones() -> None:
+    with pytest.raises(RegistryError, match=r"no pass named 'fold'; known passes: .*fold_batch_norm.*default"):
+        make_pass("fold")
+    with pytest.raises(RegistryError, match=r"no backend named 'onx'; known backends: .*eager.*onnx"):
+        make_backend("onx")
+
+
+def test_steps_take_passes_specs_pipelines_and_sequences() -> None:
+    pass_ = FoldBatchNorm(clone_shared=True)
+    assert [step.pass_ for step in make_steps(pass_)] == [pass_]
+    assert [str(step.pass_) for step in make_steps("default")] == list(DEFAULT)
+    steps = make_steps(["default", pass_, "fold_batch_norm(clone_shared=True)"])
+    assert [step.explicit for step in steps] == [False] * len(DEFAULT) + [True, True]
+    assert steps[-1].pass_ == steps[-2].pass_
+    assert make_steps([]) == []
+
+
+def test_a_backend_passes_through_or_is_made_from_its_spec() -> None:
+    made = make_backend("onnx(num_threads=2)")
+    assert made.name == "onnx"
+    assert make_backend(made) is made
+    assert make_backend(str(made)) == made
+    with pytest.raises(RegistryError, match="onnx has no option 'threads'"):
+        make_backend("onnx(threads=2)")
