@@ -1,9 +1,9 @@
 """The algebra of convolution kernels: when several convolutions of one input are one convolution, and its weight.
 
-A kernel of size k with dilation d behind p zeros reads the positions s o - p + d j of its input, j = 0 .. k-1, for output
-o. Convolutions of one stride s are summed by one whose positions include those of all: as many zeros in front as any of
-them needs, as many behind, and as dilation the greatest common divisor of all distances. Each weight is embedded in a
-kernel of zeros. Output sizes agree for every input size if front + back - d (k - 1) does.
+A kernel of size k with dilation d behind p zeros reads the positions s o - p + d j of its input, j = 0 .. k-1, for the
+output o. Convolutions of one stride s are summed by one whose positions include those of all: as many zeros in front as
+any of them needs, as many behind, and as dilation the greatest common divisor of all distances. Each weight is embedded
+in a kernel of zeros. Output sizes agree for every input size if front + back - d (k - 1) does.
 
 A linear layer is a convolution without spatial axes; the identity and a scale per channel are depthwise ones of size 1.
 """

@@ -4,9 +4,9 @@
     W = s1 embed(W1) + s2 embed(W2) + s3 embed(1),    b = s1 b1 + s2 b2 + t
 
 where s and t are constants per channel: scales, signs, BatchNorm with fixed statistics on a branch, on the input itself
-or on the sum. `embed` places a kernel in the larger one (`fxopt.kernels`): sizes, dilations, groups and asymmetric
-kernels may differ as long as the paddings line up. What is added besides stays a sum with the merged layer. A layer that
-is called elsewhere too stays there; here the merged one takes its place.
+or on the sum. `embed` places a kernel in the larger one (`fxopt.kernels`): sizes, dilations and groups may differ as
+long as the paddings line up. What is added besides stays a sum with the merged layer. A layer that is called elsewhere
+too stays there; here the merged one takes its place.
 
 Refused, with the reason: branches of different inputs, an output with other users, strides or paddings that do not fit,
 padding other than zeros, training mode, and whatever would cost more multiply-accumulates than the branches do (1x3 and
@@ -18,13 +18,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, fx, nn
 
 from fxopt import edit
-from fxopt.analysis.affine import Affine, affine_of, formula_of
+from fxopt.analysis.affine import Affine, formula_of
+from fxopt.analysis.branches import Branch, BranchReader, addends_of, input_of, layer_of, sum_tree
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.kernels import (
     Convolution,
@@ -41,9 +42,6 @@ from fxopt.program import Program
 
 __all__ = ["MergeBranches"]
 
-_LAYERS = ("conv1d", "conv2d", "conv3d", "linear")
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-
 
 @dataclass(frozen=True, kw_only=True)
 class MergeBranches(Pass):
@@ -54,15 +52,15 @@ class MergeBranches(Pass):
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per sum that has a convolution or linear layer among its addends."""
-        reader = _Reader(program)
+        reader = BranchReader(program)
         decisions: list[Rewrite | Skip] = []
         done: set[fx.Node] = set()
         # from the outputs: what scales or normalises a sum is merged with it
         for node in reversed(program.nodes):
             if node in done:
                 continue
-            sums = _sums(program, node)
-            addends = _addends(program, node, sums)
+            sums = sum_tree(program, node)
+            addends = addends_of(program, node, sums)
             done.update(sums)
             branches = [reader.read(addend, outermost=addend is node) for addend, _ in addends]
             decision = _decide(program, branches)
@@ -78,9 +76,9 @@ class MergeBranches(Pass):
         root = program.node(rewrite.node)
         chosen = rewrite.params["addends"]
         leaves = [program.node(name) for name in rewrite.params["layers"]]
-        addends = _addends(program, root, [program.node(name) for name in rewrite.params["sums"]])
+        addends = addends_of(program, root, [program.node(name) for name in rewrite.params["sums"]])
         base = max(leaves, key=lambda leaf: _geometry(program, leaf).macs)
-        source = _input(base)
+        source = input_of(base)
         total = _Total([], 0.0)
         for index in chosen:
             addend, factor = addends[index]
@@ -91,37 +89,6 @@ class MergeBranches(Pass):
             rest.insert(chosen[0], (merged, 1.0))
             merged = _add_up(program, root, rest)
         edit.bypass(program, root, merged)
-
-
-class _Branch(NamedTuple):
-    """An addend, read as an affine function of `source`.
-
-    Attributes:
-        source: the node whose value it is a function of.
-        leaves: the layers that it adds up, with their geometries; `source` itself, with none, is the identity.
-        inner: the nodes that add and scale.
-        axes: where the constants per channel have their channels.
-        blocked: the source that it would have, and why it is not read as a function of that.
-    """
-
-    source: fx.Node
-    leaves: dict[fx.Node, Geometry | None]
-    inner: tuple[fx.Node, ...] = ()
-    axes: frozenset[int] = frozenset()
-    blocked: tuple[fx.Node, str] | None = None
-
-    @classmethod
-    def opaque(cls, node: fx.Node, blocked: tuple[fx.Node, str] | None = None) -> _Branch:
-        return cls(node, {node: None}, blocked=blocked)
-
-    @property
-    def origin(self) -> fx.Node:
-        """What it reads, for people."""
-        return self.blocked[0] if self.blocked is not None and len(self.source.users) == 1 else self.source
-
-    @property
-    def has_layer(self) -> bool:
-        return any(geometry is not None for geometry in self.leaves.values()) or self.origin is not self.source
 
 
 class _Choice(NamedTuple):
@@ -144,53 +111,7 @@ class _Choice(NamedTuple):
         return Rewrite(root.name, what, params)
 
 
-class _Reader:
-    """Reads nodes as branches; each once."""
-
-    def __init__(self, program: Program) -> None:
-        self._program = program
-        self._known: dict[fx.Node, _Branch] = {}
-
-    def read(self, node: fx.Node, *, outermost: bool = False) -> _Branch:
-        """What `node` is a function of: of itself if of no earlier value, or if it has other users than the sum."""
-        if outermost:
-            return self._read(node)
-        if node not in self._known:
-            self._known[node] = self._read(node) if len(node.users) == 1 else self._shared(node)
-        return self._known[node]
-
-    def _shared(self, node: fx.Node) -> _Branch:
-        if self._program.op(node) not in (*_LAYERS, *_TRANSPOSED, "batch_norm"):
-            return _Branch.opaque(node)
-        return _Branch.opaque(node, (_input(node), f"the output of {node.target} has {len(node.users)} users"))
-
-    def _read(self, node: fx.Node) -> _Branch:
-        op = self._program.op(node)
-        if op in _TRANSPOSED:
-            return _Branch.opaque(node, (_input(node), f"{node.target} is a transposed convolution"))
-        if op in _LAYERS:
-            geometry = _layer_geometry(self._program, node)
-            if isinstance(geometry, str):
-                return _Branch.opaque(node, (_input(node), geometry))
-            return _Branch(_input(node), {node: geometry})
-        affine = affine_of(self._program, node)
-        if affine is None:
-            return _Branch.opaque(node)
-        if isinstance(affine, str):
-            return _Branch.opaque(node, (self.read(_input(node)).origin, affine))
-        parts = [self.read(operand) for operand, _ in affine.operands]
-        if any(part.source is not parts[0].source for part in parts):
-            return _Branch.opaque(node)
-        return _Branch(
-            parts[0].source,
-            {leaf: geometry for part in parts for leaf, geometry in part.leaves.items()},
-            (node, *(inner for part in parts for inner in part.inner)),
-            frozenset().union(*(part.axes for part in parts), () if affine.axis is None else (affine.axis,)),
-            next((part.blocked for part in parts if part.blocked is not None), None),
-        )
-
-
-def _decide(program: Program, branches: list[_Branch]) -> _Choice | str | None:
+def _decide(program: Program, branches: list[Branch]) -> _Choice | str | None:
     """Which of the addends of a sum become one layer; why none do; None if it has nothing to do with layers."""
     by_source: dict[fx.Node, list[int]] = {}
     for index, branch in enumerate(branches):
@@ -215,7 +136,7 @@ def _decide(program: Program, branches: list[_Branch]) -> _Choice | str | None:
     return None
 
 
-def _choose(program: Program, source: fx.Node, branches: dict[int, _Branch]) -> _Choice | str | None:
+def _choose(program: Program, source: fx.Node, branches: dict[int, Branch]) -> _Choice | str | None:
     """The first set of branches of one source, costliest first, that one layer computes at no higher cost."""
     layers = [geometry for branch in branches.values() for geometry in branch.leaves.values() if geometry is not None]
     if not layers or len({leaf for branch in branches.values() for leaf in branch.leaves}) < 2:
@@ -235,7 +156,7 @@ def _choose(program: Program, source: fx.Node, branches: dict[int, _Branch]) -> 
             branch = branches[index]
             trial = leaves | branch.leaves
             joined = join([geometry or identity for geometry in trial.values()])
-            budget = (whole.macs if whole else 0) + _cost(branch.leaves)
+            budget = (whole.macs if whole else 0) + _cost(trial) - _cost(leaves)
             if not branch.axes <= {axis}:
                 reason = reason or "a constant is not one per channel"
             elif isinstance(joined, str):
@@ -246,33 +167,14 @@ def _choose(program: Program, source: fx.Node, branches: dict[int, _Branch]) -> 
             else:
                 chosen, leaves, whole = [*chosen, index], trial, joined
         if whole is not None and len(leaves) > 1 and any(leaves.values()):
-            return _Choice(sorted(chosen), leaves, whole)
+            chosen.sort()
+            named = {leaf: geometry for index in chosen for leaf, geometry in branches[index].leaves.items()}
+            return _Choice(chosen, named, whole)
     return reason
 
 
 def _cost(leaves: dict[fx.Node, Geometry | None]) -> int:
     return sum(geometry.macs for geometry in leaves.values() if geometry is not None)
-
-
-def _sums(program: Program, node: fx.Node) -> list[fx.Node]:
-    """The tree of sums with the root `node` whose intermediate results nobody else uses; empty if `node` is no sum."""
-    affine = affine_of(program, node)
-    if not isinstance(affine, Affine) or not affine.is_sum:
-        return []
-    below = [operand for operand, _ in affine.operands if len(operand.users) == 1]
-    return [node, *(found for operand in dict.fromkeys(below) for found in _sums(program, operand))]
-
-
-def _addends(program: Program, node: fx.Node, sums: Sequence[fx.Node]) -> list[tuple[fx.Node, float]]:
-    """What the tree of `sums` adds up, from the left, with factors; the first has 1. `node` alone if it is no sum."""
-    formula = formula_of(program, node) if node in sums else None
-    if not isinstance(formula, Affine):
-        return [(node, 1.0)]
-    return [
-        (item, float(factor) * own)
-        for operand, factor in formula.operands
-        for item, own in _addends(program, operand, sums)
-    ]
 
 
 def _add_up(program: Program, root: fx.Node, addends: Sequence[tuple[fx.Node, float]]) -> fx.Node:
@@ -308,20 +210,20 @@ def _expand(program: Program, node: fx.Node, factor: Tensor | float, stops: set[
 
 def _merged(program: Program, total: _Total, source: fx.Node, base: fx.Node) -> Convolution:
     """The layer that computes the total; of the dtype and device of the layer called at `base`."""
-    like = _layer(program, base)
+    like = layer_of(program, base)
     own = _geometry(program, base)
     identity = identity_geometry(own.inputs, len(own.size))
     parts = [(identity if leaf is source else _geometry(program, leaf)) for leaf, _ in total.terms]
     whole = join(parts)
     assert isinstance(whole, Geometry)
-    layers = [_layer(program, leaf) for leaf, _ in total.terms if leaf is not source]
+    layers = [layer_of(program, leaf) for leaf, _ in total.terms if leaf is not source]
     weight: Tensor | float = 0.0
     bias = total.shift
     for (leaf, factor), part in zip(total.terms, parts, strict=True):
         if leaf is source:
             own_weight = identity_weight(part.inputs, len(part.size)).to(like.weight.device)
         else:
-            layer = _layer(program, leaf)
+            layer = layer_of(program, leaf)
             own_weight = layer.weight.detach().double()
             bias = bias + (factor * layer.bias.detach().double() if layer.bias is not None else 0.0)
         scale = factor.reshape(-1, 1, *(1,) * len(whole.size)) if isinstance(factor, Tensor) else factor
@@ -343,28 +245,7 @@ def _parameter(value: Tensor, like: Convolution, layers: list[Convolution]) -> n
     return nn.Parameter(value.to(like.weight.dtype), requires_grad=trains)
 
 
-def _layer(program: Program, node: fx.Node) -> Convolution:
-    return cast(Convolution, program.module_of(node))
-
-
 def _geometry(program: Program, node: fx.Node) -> Geometry:
-    geometry = geometry_of(_layer(program, node))
+    geometry = geometry_of(layer_of(program, node))
     assert isinstance(geometry, Geometry)
     return geometry
-
-
-def _layer_geometry(program: Program, node: fx.Node) -> Geometry | str:
-    module = program.module_of(node)
-    if module is None:
-        return f"{node.name} is a function of a computed weight, not a module"
-    geometry = geometry_of(cast(Convolution, module))
-    if isinstance(geometry, str):
-        return f"{node.target} {geometry}"
-    spec = program.analysis(shapes)[node.name]
-    if geometry.size and len(spec.shape) != len(geometry.size) + 2:
-        return f"the input of {node.target} has no batch axis"
-    return geometry if spec.dtype.is_floating_point else f"{node.target} works on {spec.dtype}"
-
-
-def _input(node: fx.Node) -> fx.Node:
-    return cast(fx.Node, node.args[0] if node.args else node.kwargs["input"])

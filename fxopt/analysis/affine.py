@@ -123,10 +123,19 @@ def _constant(program: Program, value: Any) -> tuple[Tensor | float, int | None]
     """A number; or a tensor that varies along one axis, flat, with that axis counted from the end; or None."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float(value), None
-    if not isinstance(value, fx.Node) or value.name not in program.analysis(constants):
+    tensor = _constant_tensor(program, value) if isinstance(value, fx.Node) else None
+    if tensor is None or tensor.is_complex():
         return None
-    tensor = evaluate(program, value).double()
     if tensor.numel() == 1:
         return float(tensor), None
     axes = [axis for axis, size in enumerate(tensor.shape) if size > 1]
-    return (tensor.flatten(), axes[0] - tensor.ndim) if len(axes) == 1 else None
+    return (tensor.double().flatten(), axes[0] - tensor.ndim) if len(axes) == 1 else None
+
+
+def _constant_tensor(program: Program, node: fx.Node) -> Tensor | None:
+    if node.name not in program.analysis(constants):
+        return None
+    if node.op == "get_attr":
+        tensor = program.tensor_of(node)
+        return None if tensor is None else tensor.detach()
+    return evaluate(program, node) if isinstance(program.analysis(shapes)[node.name], TensorSpec) else None
