@@ -107,7 +107,7 @@ def _compile(name: str, passes: list[str], *, rounds: int) -> tuple[Spread, dict
             path = Path(folder) / "model.onnx"
             batch = torch.export.Dim("batch")
             torch.onnx.export(model, (x,), path, dynamo=True, dynamic_shapes=({0: batch},), verbose=False)
-            return _session(path)
+            return _session(path, torch.get_num_threads())
 
     def ours(model: nn.Module = network.model, x: torch.Tensor = x) -> object:
         with warnings.catch_warnings():
@@ -125,13 +125,15 @@ def _compile(name: str, passes: list[str], *, rounds: int) -> tuple[Spread, dict
 def _call(network: Network, passes: list[str], *, calls: int, rounds: int) -> tuple[Spread, Spread, Spread]:
     import fxopt
 
+    # one thread each: the idle threads of one session spin, and would slow the other's turn
+
     model, (x,) = network.model, network.inputs
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        compiled = fxopt.compile(model, (x,), passes=passes, on_no_match="ignore")
+        compiled = fxopt.compile(model, (x,), passes=passes, backend="onnx(num_threads=1)", on_no_match="ignore")
     with tempfile.TemporaryDirectory() as folder:
         compiled.save(Path(folder) / "saved")
-        session = _session(Path(folder) / "saved" / "model.onnx")
+        session = _session(Path(folder) / "saved" / "model.onnx", threads=1)
     array = x.numpy()
     feed = {session.get_inputs()[0].name: array}
     timings = interleave(
@@ -140,11 +142,11 @@ def _call(network: Network, passes: list[str], *, calls: int, rounds: int) -> tu
     return timings.per_call("bare"), timings.per_call("fxopt"), timings.difference("fxopt", "bare")
 
 
-def _session(path: Path) -> Any:
+def _session(path: Path, threads: int) -> Any:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads
     return onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
