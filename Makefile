@@ -44,7 +44,7 @@ typecheck: $(VENV)/.installed-dev
 	$(BIN)/python -m mypy
 
 bench: $(VENV)/.installed-bench
-	$(BIN)/python -m benchmarks coverage --suite torchvision --model resnet18
+	$(BIN)/python -m benchmarks coverage --suite torchvision --models resnet18 --fresh --out build/bench.json
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
