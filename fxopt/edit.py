@@ -106,7 +106,7 @@ def replace(
         kwargs = node.kwargs if args is None else {}
     args = node.args if args is None else args
     if isinstance(target, nn.Module) and len(program.callers(node)) == 1 and not _read_inside(program, str(node.target)):
-        program._root.set_submodule(str(node.target), target)
+        program._place(str(node.target), target)
         target.train(program.training)
         node.args, node.kwargs = tuple(args), dict(kwargs)
         program._changed()
@@ -161,7 +161,7 @@ def set_tensor(program: Program, node: fx.Node, name: str, value: torch.Tensor |
     if len(program.callers(node)) > 1 or _read_inside(program, str(node.target)):
         node.target = _attach(program, private, str(node.target))
     else:
-        program._root.set_submodule(str(node.target), private)
+        program._place(str(node.target), private)
     program._changed()
 
 
@@ -183,7 +183,7 @@ def insert_tensor(
     path = _free_path(program._root, name)
     owner, _, attribute = path.rpartition(".")
     if owner and not _exists(program._root, owner):
-        _register(program._root, owner, nn.Module())
+        program._place(owner, nn.Module())
     holder = program._root.get_submodule(owner)
     if trains:
         holder.register_parameter(attribute, nn.Parameter(value.detach()))
@@ -216,7 +216,7 @@ def _create(program: Program, target: Target, args: Sequence[Any], kwargs: Mappi
 def _attach(program: Program, module: nn.Module, path: str) -> str:
     """Registers a module under `path`, or the first free path like it."""
     fresh = _free_path(program._root, path)
-    _register(program._root, fresh, module)
+    program._place(fresh, module)
     return fresh
 
 
@@ -244,17 +244,6 @@ def _read_inside(program: Program, path: str) -> bool:
 def _has_effect(node: fx.Node) -> bool:
     """Whether a node must stay although nobody uses its value: it writes state of the model, or ends the graph."""
     return node.op != "call_module" and node.is_impure(impure_random=False)
-
-
-def _register(root: nn.Module, path: str, module: nn.Module) -> None:
-    """Puts a module at a path, with plain modules as folders where there are none."""
-    *folders, name = path.split(".")
-    owner = root
-    for folder in folders:
-        if folder not in owner._modules:
-            owner.add_module(folder, nn.Module())
-        owner = owner.get_submodule(folder)
-    owner.add_module(name, module)
 
 
 def _drop_unused(program: Program) -> None:
@@ -286,5 +275,5 @@ def raise_calls(program: Program) -> None:
 
     module = program.flat_module()
     raise_to_modules(module, training=program.training)
-    program._root, program._graph = share_module(module), module.graph
+    program._root, program._graph, program._modules_by_path = share_module(module), module.graph, {}
     program._changed()

@@ -63,6 +63,7 @@ class Program:
         self._root = share_module(module)
         self._graph = _copy_graph(module.graph)
         self._module: fx.GraphModule | None = None
+        self._modules_by_path: dict[str, nn.Module] = {}
         self._edits = 0
         self._analyses: dict[Callable[[Program], Any], Any] = {}
         self.signature = signature
@@ -125,7 +126,13 @@ class Program:
 
     def module_of(self, node: fx.Node) -> nn.Module | None:
         """The module that a `call_module` node calls; None for other nodes."""
-        return self._root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if node.op != "call_module":
+            return None
+        # passes ask this of all nodes again and again, and walking a path is slow
+        path = str(node.target)
+        if path not in self._modules_by_path:
+            self._modules_by_path[path] = self._root.get_submodule(path)
+        return self._modules_by_path[path]
 
     def tensor_of(self, node: fx.Node) -> torch.Tensor | None:
         """The parameter or buffer that a `get_attr` node reads; None for other nodes."""
@@ -202,6 +209,7 @@ class Program:
         clone._root = share_module(self._root)
         clone._graph = _copy_graph(self._graph)
         clone._module = None
+        clone._modules_by_path = {}
         clone._analyses = dict(self._analyses)
         clone.report = self.report.copy()
         return clone
@@ -218,6 +226,18 @@ class Program:
         self._edits += 1
         self._module = None
         self._analyses.clear()
+
+    def _place(self, path: str, module: nn.Module) -> None:
+        """Puts a module at a path, in the place of what is there; `fxopt.edit` calls it. Missing folders are made."""
+        *folders, name = path.split(".")
+        owner = self._root
+        for folder in folders:
+            if folder not in owner._modules:
+                owner.add_module(folder, nn.Module())
+            owner = owner.get_submodule(folder)
+        owner.add_module(name, module)
+        known = self._modules_by_path
+        self._modules_by_path = {key: value for key, value in known.items() if not f"{key}.".startswith(f"{path}.")}
 
     def _assemble(self, graph: fx.Graph) -> fx.GraphModule:
         """A graph module over this program's modules."""
