@@ -96,10 +96,10 @@ def test_golden() -> None:
             %add_1 = add(%add, %branches_2) : f32[1, 4, 6, 6]
             return (%add_1,)
         """,
-        after="""
+        after=f"""
             %x = input : f32[1, 4, 6, 6]
             %relu = relu(%x) : f32[1, 4, 6, 6]
-            %branches_1_0 = conv2d[branches.1.0](%relu) {4, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1)} : f32[1, 4, 6, 6]
+            %branches_1_0 = conv2d[branches.1.0](%relu) {large.replace(", bias=False", "")}
             return (%branches_1_0,)
         """,
         rewrites=1,
@@ -263,6 +263,32 @@ def test_rest_of_a_sum_stays_in_order() -> None:
     assert program.nodes[-1].args[0][0].args[1].name == "tanh"
 
 
+def test_constants_that_are_not_one_per_channel() -> None:
+    class Spatial(Added):
+        def __init__(self) -> None:
+            super().__init__(conv(4, 4, 3), conv(4, 4, 1))
+            self.register_buffer("mask", torch.rand(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.branches[0](x) + self.branches[1](x) * self.mask
+
+    assert_skips(
+        MergeBranches(), Spatial().eval(), (sample(1, 4, 6, 6).float(),), ["a constant is not one per channel"]
+    )
+
+
+def test_norm_behind_a_sum_of_several_values() -> None:
+    model = Added(conv(4, 4, 1), conv(4, 4, 3), combine=lambda y, x: y[0] + y[1] + x.tanh())
+    program = assert_pass(
+        MergeBranches(),
+        seasoned(nn.Sequential(model, nn.BatchNorm2d(4))),
+        (sample(2, 4, 6, 6).float(),),
+        rewrites=1,
+        skips=["the branches read different values: relu, tanh"],
+    )
+    assert [program.op(node) for node in program.nodes].count("batch_norm") == 1
+
+
 def test_scaled_rest_of_a_sum() -> None:
     model = Added(conv(4, 4, 1), conv(4, 4, 3), combine=lambda y, x: torch.add(y[0], x.exp(), alpha=0.5) + y[1])
     merges(model, sample(2, 4, 6, 6), sums=1)
@@ -416,12 +442,13 @@ def test_training_mode_is_refused() -> None:
 @pytest.mark.parametrize(
     "combine",
     [
-        lambda y, x: x + x,
-        lambda y, x: x + 0.5 * x,
-        lambda y, x: torch.cat([y[0], y[1]], 1),
-        lambda y, x: y[0] * y[1],
-        lambda y, x: y[0] * 2 + 1,
-        lambda y, x: torch.maximum(y[0], y[1]),
+        lambda _, x: x + x,
+        lambda _, x: x + 0.5 * x,
+        lambda y, _: torch.cat([y[0], y[1]], 1),
+        lambda y, _: y[0] * y[1],
+        lambda y, _: y[0] * 2 + 1,
+        lambda y, _: torch.maximum(y[0], y[1]),
+        lambda y, _: y[0] + y[1].mean(1, keepdim=True),
     ],
 )
 def test_no_candidate(combine: Callable[..., Tensor]) -> None:
@@ -433,12 +460,8 @@ def test_no_candidate(combine: Callable[..., Tensor]) -> None:
 def test_resnet_has_no_parallel_branches() -> None:
     from torchvision.models import resnet50
 
-    program = fxopt.optimize(
-        resnet50().eval(),
-        (sample(1, 3, 64, 64).float(),),
-        [Simplify(), FoldBatchNorm(), MergeBranches()],
-        on_no_match="ignore",
-    )
+    passes = [Simplify(), FoldBatchNorm(), MergeBranches()]
+    program = fxopt.optimize(resnet50().eval(), (sample(1, 3, 64, 64).float(),), passes, on_no_match="ignore")
     report = program.report.passes[-1]
     assert not report.rewrites
     assert len(report.skips) == 16
