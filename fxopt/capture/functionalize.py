@@ -62,7 +62,7 @@ def functionalize(module: fx.GraphModule) -> None:
 def _watcher(
     module: fx.GraphModule, node: fx.Node, written: fx.Node, position: dict[fx.Node, int]
 ) -> fx.Node | None:
-    """A value other than `written` that shares its memory and is read after `node`; None if there is none."""
+    """A value other than `written`, made before `node`, that shares its memory and is read after it; None if there is none."""
     shared = {written}
     pending = [written]
     while pending:
@@ -72,7 +72,8 @@ def _watcher(
         if isinstance(source, fx.Node) and _is_view(module, value, source):
             relatives.append(source)
         for relative in relatives:
-            if relative not in shared:
+            # a view made after the write sees what was written, as it should
+            if relative not in shared and position.get(relative, -1) < position[node]:
                 shared.add(relative)
                 pending.append(relative)
     for value in shared - {written}:
