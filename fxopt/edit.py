@@ -267,13 +267,24 @@ def _prune(module: nn.Module, path: str, called: set[str], read: set[str]) -> bo
 
 
 def raise_calls(program: Program) -> None:
-    """Raises functional calls whose tensors are parameters by now to modules, near the path of their weight.
+    """Raises functional calls whose tensors are parameters by now to modules, at the path of their weight if it is free.
 
     As at capture: see `fxopt.capture.raising`.
     """
+    from fxopt.capture.blueprints import blueprint
+    from fxopt.capture.hierarchy import find, install
     from fxopt.capture.raising import raise_to_modules
 
     module = program.flat_module()
+    for node in module.graph.nodes:
+        found = blueprint(node, lambda item: tuple(find(module, str(item.target)).shape), None)
+        for name, item in found.tensors.items() if found is not None else ():
+            path = "" if item is None else f"{str(item.target).rpartition('.')[0]}.{name}".lstrip(".")
+            if item is not None and find(module, path) is None:
+                # the module's own name for it, so that both can sit at the same path
+                install(module, path, find(module, str(item.target)))
+                for other in module.graph.find_nodes(op="get_attr", target=item.target):
+                    other.target = path
     raise_to_modules(module, training=program.training)
     program._root, program._graph, program._modules_by_path = share_module(module), module.graph, {}
     program._changed()

@@ -4,16 +4,16 @@
 
 Conditions under which it refuses, with the reason:
 
-- a copy (`contiguous`, `clone`) stays where a `view` behind it needs the memory layout, or where an output would otherwise
+- a copy (`contiguous`, `clone`) stays where a `view` behind it needs the memory layout, or an output would otherwise
   share memory with something else; `detach` stays, as it stops gradients;
-- a dropout stays in training mode, and so does what is computed from parameters that train: folding would cut it off from them;
-- a constant stays if it holds far more bytes than what it is computed from, or if its parameter has another use that it would
-  be untied from.
+- a dropout stays in training mode, and so does what is computed from parameters that train: folding would cut it off;
+- a constant stays if it holds far more bytes than what it is computed from, or if its parameter has another use that it
+  would be untied from.
 
-Shapes and sizes count as fixed only if they are the same at another batch size; all axes other than the batch are those of the
-example inputs. In evaluation mode a tensor computed from parameters becomes a parameter itself: it trains in their place. So
-does a network whose dropouts were removed: it fine-tunes without dropout. What was a functional call because its weight was
-computed (weight standardization) becomes a module when the weight is a parameter.
+Shapes and sizes count as fixed only if they are the same at another batch size; all axes other than the batch are those
+of the example inputs. In evaluation mode a tensor computed from parameters becomes a parameter itself, and trains in
+their place; a program whose dropouts were removed fine-tunes without dropout. What was a functional call because its
+weight was computed (weight standardization) becomes a module when the weight is a parameter.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from torch import fx, nn
 
 from fxopt import edit
 from fxopt.analysis.batch_shapes import batch_shapes
-from fxopt.analysis.constants import Sources, evaluate, needed_constants, sources
+from fxopt.analysis.constants import Sources, evaluate, held_tensors, needed_constants, sources
 from fxopt.analysis.duplicates import values
 from fxopt.analysis.redundancy import PERMUTES, permutation, view_behind
 from fxopt.analysis.shapes import TensorSpec, shapes
@@ -72,7 +72,7 @@ class Simplify(Pass):
 
 
 class _Planning:
-    """One walk over the program. A node is changed by one rewrite of a plan; what depends on a new node waits for the next."""
+    """One walk over the program. A rewrite names nodes that are there; what needs a new one waits a round."""
 
     def __init__(self, program: Program) -> None:
         self.program = program
@@ -82,7 +82,7 @@ class _Planning:
 
     def decisions(self) -> Iterator[Rewrite | Skip]:
         constant = set(needed_constants(self.program))
-        for node in self.program.graph.nodes:
+        for node in self.program.nodes:
             if node.op in ("placeholder", "get_attr", "output") or not node.users:
                 continue
             if node in constant:
@@ -118,14 +118,14 @@ class _Planning:
             return []
         params: dict[str, Any]
         if ops is PERMUTES:
-            rank = len(spec.shape) if (spec := self.known.spec(node)) is not None else 0
-            steps = [permutation(self.program, item, rank) for item in chain]
-            if any(step is None for step in steps):
-                return []
-            dims = range(rank)
-            for step in steps:
+            spec = self.known.spec(node)
+            dims = list(range(len(spec.shape))) if spec is not None else []
+            for item in chain:
+                step = permutation(self.program, item, len(dims))
+                if step is None:
+                    return []
                 dims = [step[axis] for axis in dims]
-            params = {"kind": "permute", "source": source.name, "dims": list(dims)}
+            params = {"kind": "permute", "source": source.name, "dims": dims}
         else:
             shape = self.known.literal_shape(node)
             copies = any(self.program.op(item) != "view" for item in chain[1:])
@@ -137,7 +137,7 @@ class _Planning:
 
     def _chain(self, node: fx.Node, ops: frozenset[str]) -> list[fx.Node]:
         """`node` and those behind it, as long as their values are used for it alone."""
-        chain = []
+        chain: list[fx.Node] = []
         while self.program.op(node) in ops and (not chain or len(node.users) == 1):
             chain.append(node)
             source = self.program.call(node).arguments.get("input")
@@ -165,25 +165,24 @@ class _Planning:
         other = self._other_use(node, found)
         if other is not None:
             return f"computed from {found.trained[0].target}, which {other.name} reads too: folding would untie them"
-        size = _bytes(self.program, node)
-        freed = sum(_bytes(self.program, item) for item in found.tensors if found.inside.issuperset(item.users))
+        spec: TensorSpec = self.program.analysis(shapes)[node.name]
+        size = prod(spec.shape) * spec.dtype.itemsize
+        replaced = [item for item in found.tensors if item is node or found.inside.issuperset(item.users)]
+        freed = sum(tensor.nbytes for item in replaced for tensor in held_tensors(self.program, item))
         if size > freed + _LARGEST_GROWTH and size > 2 * freed:
             return f"constant, but holds {size / 2**20:.1f} MiB, and folding would free {freed / 2**20:.1f} MiB only"
         return None
 
     def _other_use(self, node: fx.Node, found: Sources) -> fx.Node | None:
         """A node outside of what is folded that reads a trained parameter, or something computed from it."""
-        trained = {id(self.program.tensor_of(item)) for item in found.trained}
+        trained = {id(tensor) for item in found.trained for tensor in held_tensors(self.program, item)}
         computed = set(found.trained)
-        for other in self.program.graph.nodes:
-            module = self.program.module_of(other)
-            if module is not None and any(id(tensor) in trained for tensor in module.parameters()):
-                return other
+        for other in self.program.nodes:
             if other is node or not other.users:
                 continue
             if other not in found.inside:
-                if other.op == "get_attr" and id(self.program.tensor_of(other)) in trained:
-                    return next(iter(other.users))
+                if any(id(tensor) in trained for tensor in held_tensors(self.program, other)):
+                    return next(iter(other.users)) if other.op == "get_attr" else other
                 continue
             computed |= {other} if computed.intersection(other.all_input_nodes) else set()
             # the parts of a split share no element: each may become a parameter of its own
@@ -195,7 +194,7 @@ class _Planning:
 
     def _raised(self) -> Iterator[Rewrite]:
         """Functional calls whose weight is a parameter by now, raised together."""
-        calls = [node for node in self.program.graph.nodes if self._can_be_raised(node)]
+        calls = [node for node in self.program.nodes if self._can_be_raised(node)]
         if calls:
             names = ", ".join(node.name for node in calls)
             yield Rewrite(calls[0].name, f"modules instead of functional calls: {names}", {"kind": "raise"})
@@ -214,11 +213,6 @@ def _tensor(program: Program, node: fx.Node) -> torch.Tensor:
     return tensor
 
 
-def _bytes(program: Program, node: fx.Node) -> int:
-    spec = program.analysis(shapes)[node.name]
-    return prod(spec.shape) * int(spec.dtype.itemsize)
-
-
 def _write_number(program: Program, node: fx.Node, number: float) -> None:
     for user in list(node.users):
         args, kwargs = fx.node.map_arg((user.args, dict(user.kwargs)), lambda item: number if item is node else item)
@@ -228,7 +222,7 @@ def _write_number(program: Program, node: fx.Node, number: float) -> None:
 def _fold(program: Program, node: fx.Node) -> None:
     found, value = sources(program, node), evaluate(program, node)
     stem = str(found.tensors[0].target) if found.tensors else node.name
-    tensors = [program.tensor_of(item) for item in found.tensors]
+    tensors = [tensor for item in found.tensors for tensor in held_tensors(program, item)]
     held = value.is_floating_point() and any(isinstance(tensor, nn.Parameter) for tensor in tensors)
     folded = edit.insert_tensor(program, node, value, name=f"{stem}_folded", trains=held)
     if held and not found.trained:

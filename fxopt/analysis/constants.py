@@ -14,16 +14,16 @@ from fxopt.analysis.shapes import TensorSpec, shapes
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["Sources", "constants", "evaluate", "needed_constants", "sources"]
+__all__ = ["Sources", "constants", "evaluate", "held_tensors", "needed_constants", "sources"]
 
 
 class Sources(NamedTuple):
     """What a constant is computed from.
 
     Attributes:
-        tensors: the `get_attr` nodes, in execution order.
+        tensors: the nodes that bring tensors in execution order: `get_attr`, and calls of modules that hold some.
         inside: all nodes that take part, itself included.
-        trained: the parameters that a gradient reaches through it.
+        trained: those of `tensors` that bring parameters which a gradient reaches through it.
     """
 
     tensors: tuple[fx.Node, ...]
@@ -32,14 +32,11 @@ class Sources(NamedTuple):
 
 
 def constants(program: Program) -> frozenset[str]:
-    """Names of the nodes whose value is fixed: tensors of the program that nothing writes, and pure functions of such."""
+    """Names of the nodes of fixed value: tensors of the program that nothing writes, and pure functions of such."""
     written = {id(program.tensor_of(node)) for node in _written(program)}
     found: set[str] = set()
     for node in program.graph.nodes:
-        if node.op == "get_attr":
-            fixed = id(program.tensor_of(node)) not in written
-        else:
-            fixed = node.op != "call_module" and is_pure(program, node)
+        fixed = is_pure(program, node) and id(program.tensor_of(node)) not in written
         if fixed and all(source.name in found for source in node.all_input_nodes):
             found.add(node.name)
     return frozenset(found)
@@ -63,8 +60,16 @@ def sources(program: Program, node: fx.Node) -> Sources:
     """What the constant `node` is computed from."""
     inside = _ancestors(node, through=lambda _: True)
     trained = _ancestors(node, through=lambda item: program.op(item) != "detach")
-    tensors = [item for item in program.graph.nodes if item in inside and item.op == "get_attr"]
-    return Sources(tuple(tensors), frozenset(inside), tuple(item for item in tensors if item in trained and _trains(program, item)))
+    tensors = [item for item in program.nodes if item in inside and held_tensors(program, item)]
+    parameters = [item for item in tensors if item in trained and any(map(_trains, held_tensors(program, item)))]
+    return Sources(tuple(tensors), frozenset(inside), tuple(parameters))
+
+
+def held_tensors(program: Program, node: fx.Node) -> list[torch.Tensor]:
+    """The program's own tensors that `node` reads: that of a `get_attr`, those of a called module."""
+    tensor, module = program.tensor_of(node), program.module_of(node)
+    own = [] if tensor is None else [tensor]
+    return own if module is None else [*module.parameters(), *module.buffers()]
 
 
 def evaluate(program: Program, node: fx.Node) -> torch.Tensor:
@@ -83,6 +88,9 @@ def _call(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
         return program.tensor_of(node)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
+    module = program.module_of(node)
+    if module is not None:
+        return module(*args, **kwargs)
     target: Any = node.target
     return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
@@ -105,6 +113,5 @@ def _written(program: Program) -> Iterator[fx.Node]:
             yield from (source for source in node.all_input_nodes if source.op == "get_attr")
 
 
-def _trains(program: Program, node: fx.Node) -> bool:
-    tensor = program.tensor_of(node)
+def _trains(tensor: torch.Tensor) -> bool:
     return isinstance(tensor, nn.Parameter) and tensor.requires_grad

@@ -1,7 +1,7 @@
 """Value numbering: for every node the first node that has the same value.
 
-Two calls have the same value if they call the same operator with the same values, and are pure. A node whose value another
-one has already (see `redundancy`) counts as that one, so that whole chains are recognised at once.
+Two calls have the same value if they call the same operator with the same values, and are pure. A node whose value
+another one has already (see `redundancy`) counts as that one, so that whole chains are recognised at once.
 """
 
 from __future__ import annotations

@@ -1,8 +1,10 @@
-"""What a call does besides giving its value: whether it is random, or changes state. Only pure calls may be merged or folded."""
+"""What a call does besides giving its value: whether it is random, or changes state.
+
+Only pure calls may be merged or folded.
+"""
 
 from __future__ import annotations
 
-import builtins
 import types
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
@@ -11,6 +13,7 @@ import torch
 from torch import fx
 
 from fxopt.analysis.identities import is_identity
+from fxopt.ops import Call
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -20,7 +23,7 @@ __all__ = ["is_pure"]
 _DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
 # Their behaviour in training is random, or updates statistics.
 _MODE_DEPENDENT = frozenset({"batch_norm", "instance_norm", "lstm", "gru", "rnn", "multi_head_attention"})
-_BUILTINS = frozenset({builtins.int, builtins.float, builtins.bool, builtins.len, builtins.max, builtins.min, builtins.abs})
+_BUILTINS = frozenset({int, float, bool, len, max, min, abs})
 
 
 def is_pure(program: Program, node: fx.Node) -> bool:
@@ -36,18 +39,32 @@ def is_pure(program: Program, node: fx.Node) -> bool:
     if call.op.startswith("unknown:"):
         return _is_pure_target(node)
     if call.op in _MODE_DEPENDENT:
-        return not call.module.training if call.module is not None else call.arguments.get("training") is False
+        return _keeps_no_statistics(call) or _evaluates(call)
     if call.op == "embedding":
-        return getattr(call.module, "max_norm", call.arguments.get("max_norm")) is None
+        limit = call.arguments.get("max_norm") if call.module is None else call.module.max_norm
+        return limit is None
     if call.op == "scaled_dot_product_attention":
-        return call.arguments.get("dropout_p", 0.0) == 0.0
+        return bool(call.arguments.get("dropout_p", 0.0) == 0.0)
     return call.op not in _DROPOUTS or is_identity(program, node)
+
+
+def _keeps_no_statistics(call: Call) -> bool:
+    if call.op not in ("batch_norm", "instance_norm"):
+        return False
+    kept = call.arguments.get("running_mean") if call.module is None else call.module.running_mean
+    return kept is None
+
+
+def _evaluates(call: Call) -> bool:
+    return call.arguments.get("training") is False if call.module is None else not call.module.training
 
 
 def _is_pure_target(node: fx.Node) -> bool:
     target: Any = node.target
     if isinstance(target, torch._ops.OpOverload):
         name = target.overloadpacket.__name__
+        if name in ("batch_norm", "instance_norm") and target.namespace == "aten":
+            return node.args[3] is None  # running_mean, which its schema does not say is written
         return target.namespace == "aten" and not target._schema.is_mutable and _is_pure_operator(name)
     if node.op == "call_method":
         return not str(target).endswith("_") and _is_pure_operator(str(target))
@@ -61,7 +78,7 @@ def _is_pure_target(node: fx.Node) -> bool:
 
 @lru_cache(maxsize=1024)
 def _is_pure_operator(name: str) -> bool:
-    """Whether ATen has an operator of this name, and none of its overloads is random, uninitialised or keeps statistics."""
+    """Whether ATen has an operator of this name, with no overload that is random, uninitialised or keeps statistics."""
     if name.startswith(("empty", "new_empty")) or "batch_norm" in name or "instance_norm" in name:
         return False
     packet = getattr(torch.ops.aten, name, None)

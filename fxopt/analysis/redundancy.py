@@ -1,8 +1,8 @@
 """Nodes whose value another node has already, for a reason that lies in the operator: identities, no-op layout, x + 0.
 
 Two things besides the value may matter to what follows, and are asked about before a copy is taken away. `view` needs
-memory of a certain layout, which a copy may have made. And a program must not hand out its own tensors, or an input, as an
-output where the model returned a copy.
+memory of a certain layout, which a copy may have made. And a program must not hand out its own tensors, or an input, as
+an output where the model returned a copy.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ _ALIASES = (
     | PERMUTES
     | frozenset("expand split chunk unbind select slice narrow getitem detach identity to float contiguous".split())
 )
+_MAY_COPY = frozenset({"reshape", "flatten"})
 _NEEDS_LAYOUT = frozenset({"view", "unflatten"})
 # What comes out of these is laid out in the same way, whatever goes in.
 _OWN_LAYOUT = frozenset({"linear", "matmul", "mm", "bmm", "addmm", "layer_norm", "embedding"})
@@ -103,8 +104,9 @@ def permutation(program: Program, node: fx.Node, rank: int) -> tuple[int, ...] |
     arguments = program.call(node).arguments
     if program.op(node) == "permute":
         dims = arguments.get("dims")
-        literal = isinstance(dims, tuple | list) and all(isinstance(axis, int) for axis in dims)
-        return tuple(axis % rank for axis in dims) if literal and rank else None
+        if not isinstance(dims, tuple | list) or not rank or not all(isinstance(axis, int) for axis in dims):
+            return None
+        return tuple(axis % rank for axis in dims)
     first, second = (0, 1) if program.op(node) == "t" else (arguments.get("dim0"), arguments.get("dim1"))
     if not isinstance(first, int) or not isinstance(second, int) or rank < 2:
         return None
@@ -121,7 +123,8 @@ def _cat(program: Program, node: fx.Node, call: Call) -> Redundant | str | None:
 
 
 def _copy(program: Program, node: fx.Node, call: Call) -> Redundant | str | None:
-    if call.arguments.get("memory_format", torch.contiguous_format) not in (torch.contiguous_format, torch.preserve_format):
+    plain = (torch.contiguous_format, torch.preserve_format)
+    if call.arguments.get("memory_format", torch.contiguous_format) not in plain:
         return None
     return _unless_needed(program, node, Redundant(call.arguments["input"], f"{call.op} that no one needs"))
 
@@ -141,30 +144,32 @@ def _arithmetic(program: Program, node: fx.Node, call: Call, known: BatchShapes)
 
 
 def _cast(program: Program, node: fx.Node, call: Call, source: fx.Node) -> Redundant | str | None:
-    arguments = dict(call.arguments)
-    copies = arguments.pop("copy", False) or "_to_copy" in str(node.target)
-    devices = {tensor.device for tensor in (*program.example_inputs, *_tensors(program))}
-    asked = {item if isinstance(item, torch.device) else torch.device(item) for item in arguments.values() if isinstance(item, str | torch.device)}
+    arguments = [value for name, value in call.arguments.items() if name != "copy"]
     known = (fx.Node, torch.dtype, torch.device, str, bool, type(None))
-    others = [item for item in arguments.values() if not isinstance(item, known)]
-    if copies is True or others or len(devices) != 1 or not {item.type for item in asked} <= {item.type for item in devices}:
+    if not all(isinstance(item, known) for item in arguments):
+        return None
+    asked = {torch.device(item).type for item in arguments if isinstance(item, str | torch.device)}
+    present = {tensor.device.type for tensor in (*program.example_inputs, *_tensors(program))}
+    if len(present) != 1 or not asked <= present:
         return None
     found = Redundant(source, f"{call.op} of the type it has")
+    copies = call.arguments.get("copy", False) is not False or "_to_copy" in str(node.target)
     return _unless_needed(program, node, found) if copies else found
 
 
 def _reshaped_back(program: Program, node: fx.Node, known: BatchShapes) -> Redundant | str | None:
     """The furthest node behind a chain of reshapes that has the shape at its end."""
-    found, copies = None, False
+    found, may_copy = None, False
+    copies = program.op(node) in _MAY_COPY
     for index, source in enumerate(_chain(program, node, KEEPS_ORDER)):
         if known.same(source, node):
             what = program.op(node) if index == 0 else f"reshapes from {source.name}"
-            found = Redundant(source, f"{what} to the same shape"), copies
-        copies = copies or program.op(source) in ("reshape", "flatten")
+            # to the shape that it has already, nothing is copied
+            found, may_copy = Redundant(source, f"{what} to the same shape"), copies and index > 0
+        copies = copies or program.op(source) in _MAY_COPY
     if found is None:
         return None
-    copied = found[1] or (program.op(node) in ("reshape", "flatten") and found[0].source is not program.call(node).arguments["input"])
-    return _unless_needed(program, node, found[0]) if copied else found[0]
+    return _unless_needed(program, node, found) if may_copy else found
 
 
 def _permuted_back(program: Program, node: fx.Node, known: BatchShapes) -> Redundant | None:
@@ -180,8 +185,8 @@ def _permuted_back(program: Program, node: fx.Node, known: BatchShapes) -> Redun
             break
         total = tuple(step[axis] for axis in total)
         if total == tuple(range(len(total))):
-            what = f"{program.op(item)} to the same order" if item is node else f"permutations from {source.name} cancel"
-            found = Redundant(source, what)
+            alone = f"{program.op(node)} to the same order"
+            found = Redundant(source, alone if item is node else f"permutations from {source.name} cancel")
         item = source
     return found
 
@@ -199,14 +204,17 @@ def _chain(program: Program, node: fx.Node, ops: frozenset[str]) -> Iterator[fx.
 def _unless_needed(program: Program, node: fx.Node, found: Redundant) -> Redundant | str:
     view = view_behind(program, node)
     if view is not None:
-        return f"{found.why}, but {view.name} behind it needs the memory layout that it makes"
+        return f"{view.name} needs the memory layout that {program.op(node)} makes"
     if _is_handed_out(program, node, None):
-        return f"{found.why}, but the caller sees its memory in an output"
+        return f"an output hands out the copy that {program.op(node)} makes"
     return found
 
 
 def _is_handed_out(program: Program, node: fx.Node, source: fx.Node | None) -> bool:
-    """Whether the memory of `node` is that of an output; given a source, only if its memory is the program's or the caller's."""
+    """Whether the memory of `node` is that of an output.
+
+    Given a source, only where the memory of that is the program's or the caller's.
+    """
     while source is not None and program.op(source) in _ALIASES:
         source = source.all_input_nodes[0]
     if source is not None and source.op not in ("placeholder", "get_attr"):
@@ -230,6 +238,5 @@ def _flat(value: Any) -> tuple[Any, ...]:
 
 
 def _tensors(program: Program) -> Iterator[torch.Tensor]:
-    module = program.module
-    yield from module.parameters()
-    yield from module.buffers()
+    yield from program.module.parameters()
+    yield from program.module.buffers()
