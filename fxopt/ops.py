@@ -160,8 +160,8 @@ _OPERATORS: tuple[Operator, ...] = (
         modules=(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
     ),
     _op("rms_norm", "input normalized_shape weight eps", functions=(F.rms_norm,), aten="rms_norm", modules=(nn.RMSNorm,)),
-    _op("lstm", "input hx", modules=(nn.LSTM,)),
-    _op("gru", "input hx", modules=(nn.GRU,)),
+    _op("lstm", "input hx", aten="lstm", modules=(nn.LSTM,)),
+    _op("gru", "input hx", aten="gru", modules=(nn.GRU,)),
     _op("rnn", "input hx", modules=(nn.RNN,)),
     _op("multi_head_attention", "query key value", modules=(nn.MultiheadAttention,)),
     # identities and regularisers

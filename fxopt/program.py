@@ -15,7 +15,7 @@ from fxopt.errors import InputError
 from fxopt.interpret import Watch, run_graph
 from fxopt.ops import Call, resolve
 from fxopt.report import Cost, Report
-from fxopt.sharing import share_module
+from fxopt.sharing import keep_persistence, share_module
 from fxopt.signature import Signature
 from fxopt.target import Target
 
@@ -242,6 +242,7 @@ class Program:
     def _assemble(self, graph: fx.Graph) -> fx.GraphModule:
         """A graph module over this program's modules."""
         module = fx.GraphModule(self._root, graph, class_name="Program")
+        keep_persistence(module, self._root)
         module.training = self.training
         modes = {name: child.training for name, child in self._root.named_modules()}
         for name, child in module.named_modules():

@@ -6,7 +6,7 @@ import copy
 
 from torch import fx, nn
 
-__all__ = ["share_module"]
+__all__ = ["keep_persistence", "share_module"]
 
 
 def share_module(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -28,3 +28,11 @@ def share_module(module: nn.Module, memo: dict[int, nn.Module] | None = None) ->
         name: None if child is None else share_module(child, memo) for name, child in module._modules.items()
     }
     return clone
+
+
+def keep_persistence(copied: nn.Module, original: nn.Module) -> None:
+    """Leaves buffers out of the state dict of `copied` that are left out of the original's; `fx.GraphModule` forgets which."""
+    modules = dict(original.named_modules(remove_duplicate=False))
+    for path, module in copied.named_modules(remove_duplicate=False):
+        hidden = modules[path]._non_persistent_buffers_set if path in modules else set()
+        module._non_persistent_buffers_set |= {name for name in hidden if name in module._buffers}

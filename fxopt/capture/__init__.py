@@ -115,17 +115,16 @@ class _Subject(NamedTuple):
 def _trace(name: str, subject: _Subject) -> tuple[Captured, list[str]]:
     from fxopt.capture.functionalize import functionalize
     from fxopt.capture.raising import raise_to_modules
+    from fxopt.capture.standardize import standardize
 
+    model = standardize(share_module(subject.model))
     if name == "export":
         from fxopt.capture.export import trace_export
 
-        captured = trace_export(subject.model, subject.signature, subject.inputs, batch=subject.batch)
-        functionalize(captured.module)
+        captured = trace_export(model, subject.signature, subject.inputs, batch=subject.batch)
     else:
-        from fxopt.capture.standardize import standardize
         from fxopt.capture.symbolic import trace_symbolic
 
-        model = standardize(share_module(subject.model))
         captured = trace_symbolic(model, subject.signature, subject.inputs)
         functionalize(captured.module)
         raise_to_modules(captured.module, training=model.training, original=model)

@@ -6,7 +6,8 @@ wrap for it opaque; `auto` then prefers `export`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from torch.nn.utils import parametrize
 
 from fxopt.capture.captured import Captured
 from fxopt.errors import CaptureError
-from fxopt.ops import is_known_module
+from fxopt.ops import is_known_module, resolve
+from fxopt.sharing import keep_persistence
 from fxopt.signature import Signature
 from fxopt.structure import Structure, flatten
 
@@ -31,21 +33,23 @@ def trace_symbolic(model: nn.Module, signature: Signature, example_inputs: Seque
         CaptureError: if the code cannot be traced, with the reason.
     """
     tracer = _FlatTracer(signature)
-    try:
-        graph = tracer.trace(model)
-    except Exception as error:  # tracing runs the model's own code: whatever that raises under proxies is the reason
-        raise CaptureError(f"symbolic tracing failed: {type(error).__name__}: {_first_line(error)}") from error
+    with _writes_undone(model) as written:
+        try:
+            graph = tracer.trace(model)
+        except Exception as error:  # tracing runs the model's own code: whatever that raises under proxies is the reason
+            raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
+    if written:
+        raise CaptureError(f"the model writes into its buffer {written[0]}, which tracing cannot see")
     if tracer.outputs is None:
-        raise CaptureError("symbolic tracing failed: the model returned nothing")
+        raise CaptureError("the model returned nothing")
     module = fx.GraphModule(tracer.root, graph, class_name="Program")
+    keep_persistence(module, model)
     _drop_assertions(module)
     return Captured(module, tracer.outputs)
 
 
 def opaque_calls(module: fx.GraphModule) -> list[str]:
     """Functions in the graph that are neither torch's nor Python's: nothing is known about what they do."""
-    from fxopt.ops import resolve
-
     found = []
     for node in module.graph.nodes:
         target = node.target
@@ -85,12 +89,34 @@ class _FlatTracer(fx.Tracer):
         return is_known_module(m) or super().is_leaf_module(m, module_qualified_name)
 
 
+@contextmanager
+def _writes_undone(model: nn.Module) -> Iterator[list[str]]:
+    """Undoes what tracing writes into buffers, and names those written, except for the counters of BatchNorm.
+
+    Buffers are real tensors while the code is traced: a write into one happens, and leaves no trace in the graph. The counters
+    are kept by the BatchNorm modules that calls are raised to.
+    """
+    before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()}
+    written: list[str] = []
+    yield written
+    with torch.no_grad():
+        for name, (buffer, version, value) in before.items():
+            if buffer._version != version:
+                buffer.copy_(value)
+                if not name.endswith("num_batches_tracked"):
+                    written.append(name)
+
+
 def _drop_assertions(module: fx.GraphModule) -> None:
     """Removes `torch._assert` and what only it reads: a program holds for the inputs it was captured with, and checks those."""
-    for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target in (torch._assert, torch._assert_async):
-            module.graph.erase_node(node)
-    module.graph.eliminate_dead_code()
+    pending = [node for node in module.graph.nodes if node.target in (torch._assert, torch._assert_async)]
+    while pending:
+        node = pending.pop()
+        # not all that nobody reads is dead: graphs still write in place here
+        if node.users or node.op in ("placeholder", "call_module") or resolve(node, None).inplace:
+            continue
+        pending += node.all_input_nodes
+        module.graph.erase_node(node)
     module.recompile()
 
 
