@@ -65,13 +65,9 @@ class Geometry:
         return tuple(front + back - dilation * (size - 1) for front, back, dilation, size in axes)
 
     @property
-    def padding(self) -> tuple[int, ...] | str | None:
-        """The `padding` argument that gives these zeros; None if there is none."""
-        if self.front == self.back:
-            return self.front
-        halves = all((front + back) // 2 == front for front, back in zip(self.front, self.back, strict=True))
-        keeps = not any(self.surplus) and set(self.stride) == {1}
-        return "same" if halves and keeps else None
+    def padding(self) -> tuple[int, ...] | str:
+        """The `padding` argument that gives these zeros: only "same" gives one more behind than in front."""
+        return self.front if self.front == self.back else "same"
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.size))} convolution" if self.size else "linear layer"
@@ -134,14 +130,13 @@ def join(parts: Sequence[Geometry]) -> Geometry | str:
     if any(part.surplus != first.surplus for part in parts):
         surplus = _distinct([part.surplus for part in parts])
         return f"paddings do not line up: at stride 1 the outputs would be larger than the input by {surplus}"
-    front = _largest([part.front for part in parts])
-    back = _largest([part.back for part in parts])
-    whole = _around(parts, front, back)
-    if whole.padding is None:
-        # modules pad alike on both sides: zeros in the kernel make up for it
-        both = _largest([front, back])
-        whole = _around(parts, both, both)
-    return whole
+    front, back = _largest([part.front for part in parts]), _largest([part.back for part in parts])
+    groups = gcd(*(part.groups for part in parts))
+    dilation = tuple(_step(parts, axis, front[axis]) for axis in range(len(front)))
+    spans = zip(front, back, first.surplus, dilation, strict=True)
+    size = tuple((before + behind - surplus) // step + 1 for before, behind, surplus, step in spans)
+    macs = first.outputs * first.inputs // groups * prod(size)
+    return Geometry(first.inputs, first.outputs, groups, size, first.stride, dilation, front, back, macs)
 
 
 def embed(weight: Tensor, part: Geometry, whole: Geometry) -> Tensor:
@@ -171,7 +166,7 @@ def embed(weight: Tensor, part: Geometry, whole: Geometry) -> Tensor:
 
 
 def make_module(geometry: Geometry, weight: nn.Parameter, bias: nn.Parameter | None) -> Convolution:
-    """The module of this geometry; its padding must be expressible, as that of a joined geometry is."""
+    """The module of this geometry."""
     module: Convolution
     if not geometry.size:
         module = nn.Linear(geometry.inputs, geometry.outputs, bias=bias is not None, device="meta")
@@ -194,21 +189,11 @@ def make_module(geometry: Geometry, weight: nn.Parameter, bias: nn.Parameter | N
     return module
 
 
-def _around(parts: Sequence[Geometry], front: tuple[int, ...], back: tuple[int, ...]) -> Geometry:
-    """The geometry that holds all `parts` behind `front` and before `back` zeros."""
-    size, dilation = [], []
-    for axis in range(len(front)):
-        distances = [0]
-        for part in parts:
-            distances += [front[axis] - part.front[axis], back[axis] - part.back[axis]]
-            distances += [part.dilation[axis]] if part.size[axis] > 1 else []
-        step = gcd(*distances) or 1
-        dilation.append(step)
-        size.append((front[axis] + back[axis] - parts[0].surplus[axis]) // step + 1)
-    first = parts[0]
-    groups = gcd(*(part.groups for part in parts))
-    macs = first.outputs * first.inputs // groups * prod(size)
-    return Geometry(first.inputs, first.outputs, groups, tuple(size), first.stride, tuple(dilation), front, back, macs)
+def _step(parts: Sequence[Geometry], axis: int, front: int) -> int:
+    """The largest dilation that meets every position that a part reads, from `front` before the first output on."""
+    shifts = [front - part.front[axis] for part in parts]
+    dilations = [part.dilation[axis] for part in parts if part.size[axis] > 1]
+    return gcd(*shifts, *dilations) or 1
 
 
 def _largest(tuples: Sequence[tuple[int, ...]]) -> tuple[int, ...]:

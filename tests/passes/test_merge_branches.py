@@ -142,6 +142,10 @@ def test_sizes_strides_groups(large: int, small: int, stride: int, groups: tuple
         ({"kernel_size": 9, "padding": 4}, {"kernel_size": 3, "dilation": 3, "padding": 3}, "kernel_size=(9, 9)"),
         ({"kernel_size": 3, "padding": "same"}, {"kernel_size": 1, "padding": "valid"}, "kernel_size=(3, 3)"),
         ({"kernel_size": 4, "padding": "same"}, {"kernel_size": 2, "padding": "same"}, "kernel_size=(4, 4)"),
+        ({"kernel_size": 4, "padding": "same"}, {"kernel_size": 1}, "kernel_size=(4, 4)"),
+        ({"kernel_size": 4, "padding": "same"}, {"kernel_size": 3, "padding": 1}, "kernel_size=(4, 4)"),
+        ({"kernel_size": 4, "padding": "same"}, {"kernel_size": 5, "padding": 2}, "kernel_size=(5, 5)"),
+        ({"kernel_size": 2, "padding": "same", "dilation": 3}, {"kernel_size": 4, "padding": "same"}, "(4, 4)"),
         ({"kernel_size": 3}, {"kernel_size": 3}, "kernel_size=(3, 3)"),
         ({"kernel_size": 4, "padding": 1}, {"kernel_size": 2}, "kernel_size=(4, 4)"),
         ({"kernel_size": (3, 5), "padding": (1, 2)}, {"kernel_size": (1, 3), "padding": (0, 1)}, "(3, 5)"),
@@ -260,7 +264,9 @@ def test_rest_of_a_sum_stays_in_order() -> None:
     program = merges(model, sample(2, 4, 6, 6), sums=3)
     values = [program.op(node) for node in program.nodes]
     assert [item for item in values if item in ("add", "sub")] == ["add", "add", "sub"]
-    assert program.nodes[-1].args[0][0].args[1].name == "tanh"
+    assert [node.args[1].name for node in program.nodes if program.op(node) in ("add", "sub")][1:] == ["exp", "tanh"]
+    first = next(node for node in program.nodes if program.op(node) == "add")
+    assert [item.name for item in first.all_input_nodes] == ["sigmoid", "branches_1"]
 
 
 def test_constants_that_are_not_one_per_channel() -> None:
