@@ -1,7 +1,8 @@
 """fxopt: a graph-rewriting compiler for PyTorch models.
 
-`compile` captures a model, rewrites it with passes that are proven or measured, and lowers it to an engine; `optimize` stops
-before lowering; `capture` gives the program alone; `explain` tells what passes would do; `load` reads a saved engine.
+`compile` captures a model, rewrites it with passes that are proven or measured, and lowers it to an engine; `optimize`
+stops before lowering; `capture` gives the program alone; `explain` tells what passes would do; `load` reads a saved
+engine.
 """
 
 from fxopt.api import Compiled, capture, compile, explain, load, optimize

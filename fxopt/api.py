@@ -37,8 +37,8 @@ _MODE_DEPENDENT = frozenset(
 class Compiled:
     """A compiled model: called like the model, answers in the model's own output structure.
 
-    Made by `compile` and `load`. When `compile` was given no example inputs, the first call captures and compiles with the inputs
-    of that call.
+    Made by `compile` and `load`. When `compile` was given no example inputs, the first call captures and compiles with
+    the inputs of that call.
     """
 
     def __init__(self, finished: _Finished | None, pending: _Pending | None = None) -> None:
@@ -121,13 +121,14 @@ def compile(  # noqa: A001 (the name users know from torch)
 
     Args:
         model: the trained module. It is never changed.
-        example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or one tensor. None captures at the
-            first call, as `torch.compile` does.
+        example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or one tensor. None captures at
+            the first call, as `torch.compile` does.
         passes: a pass, a spec string, or a sequence of these; "default" stands for the exact passes.
         backend: a backend or its spec string, such as "onnx(num_threads=2)".
         calibration: any iterable of batches; of each the first N entries are the model's N inputs.
         dynamic_batch: whether the engine takes any batch size.
-        verify: "numerics" proves exact passes and compares the engine with the program; "structure" checks the graph alone.
+        verify: "numerics" proves exact passes and compares the engine with the program; "structure" checks the graph
+            alone.
         on_no_match: what to do when a pass that was asked for changes nothing: "warn", "error" or "ignore".
         on_failure: "rollback" leaves out and reports rewrites that fail a check; "raise" raises.
         frontend: "auto", "symbolic" or "export".
@@ -270,7 +271,8 @@ def _refuse_training(program: Program, backend: Backend) -> None:
         module = program.module_of(node)
         if module is not None and module.training and program.op(node) in _MODE_DEPENDENT:
             raise BackendError(
-                f"{node.target} is in training mode, and {backend.name} runs inference: call model.eval() before compiling"
+                f"{node.target} is in training mode, and {backend.name} runs inference: "
+                "call model.eval() before compiling"
             )
 
 

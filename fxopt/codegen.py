@@ -1,7 +1,8 @@
 """Code generation that lets a flat graph be called like the model.
 
-The graph of a program takes flat tensors and returns a tuple of tensors. `StructuredCodeGen` wraps that in the model's own call:
-`forward(*args, **kwargs)` flattens by the `Signature`, runs the graph's body, and rebuilds the model's output structure.
+The graph of a program takes flat tensors and returns a tuple of tensors. `StructuredCodeGen` wraps that in the model's
+own call: `forward(*args, **kwargs)` flattens by the `Signature`, runs the graph's body, and rebuilds the model's output
+structure.
 """
 
 from __future__ import annotations

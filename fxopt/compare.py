@@ -35,7 +35,9 @@ class Difference(NamedTuple):
         return not self.mismatch and self.relative <= tolerance
 
     def __str__(self) -> str:
-        return self.mismatch or f"relative error {self.relative:.2g} (max abs {self.max_abs:.2g}, {self.sqnr_db:.0f} dB)"
+        return (
+            self.mismatch or f"relative error {self.relative:.2g} (max abs {self.max_abs:.2g}, {self.sqnr_db:.0f} dB)"
+        )
 
 
 def compare(reference: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Difference:

@@ -1,8 +1,8 @@
 """The one door for changes: the only functions that edit a program's graph or its tensors.
 
 Every edit counts (`Program.edits`), drops the program's analyses, and keeps the graph legal:
-a module gets a fresh path unless it replaces one that nobody else calls, a tensor is assigned and never written into, and a
-module that is called at several places is cloned before one of the calls is changed.
+a module gets a fresh path unless it replaces one that nobody else calls, a tensor is assigned and never written into,
+and a module that is called at several places is cloned before one of the calls is changed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from fxopt.errors import InputError
 from fxopt.program import Program
 from fxopt.sharing import share_module
 
-__all__ = ["bypass", "clean", "insert_after", "insert_before", "insert_tensor", "raise_calls", "replace", "set_arguments", "set_tensor"]
+__all__ = [
+    "bypass",
+    "clean",
+    "insert_after",
+    "insert_before",
+    "insert_tensor",
+    "raise_calls",
+    "replace",
+    "set_arguments",
+    "set_tensor",
+]
 
 Target = nn.Module | Callable[..., Any] | str
 
@@ -105,7 +115,11 @@ def replace(
     if kwargs is None:
         kwargs = node.kwargs if args is None else {}
     args = node.args if args is None else args
-    if isinstance(target, nn.Module) and len(program.callers(node)) == 1 and not _read_inside(program, str(node.target)):
+    if (
+        isinstance(target, nn.Module)
+        and len(program.callers(node)) == 1
+        and not _read_inside(program, str(node.target))
+    ):
         program._place(str(node.target), target)
         target.train(program.training)
         node.args, node.kwargs = tuple(args), dict(kwargs)
@@ -126,7 +140,9 @@ def bypass(program: Program, node: fx.Node, source: fx.Node) -> None:
     program._changed()
 
 
-def set_arguments(program: Program, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None) -> None:
+def set_arguments(
+    program: Program, node: fx.Node, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+) -> None:
     """Gives `node` other arguments; what it calls stays."""
     node.args, node.kwargs = tuple(args), dict(kwargs or {})
     program._changed()
@@ -135,8 +151,9 @@ def set_arguments(program: Program, node: fx.Node, args: Sequence[Any], kwargs: 
 def set_tensor(program: Program, node: fx.Node, name: str, value: torch.Tensor | None) -> None:
     """Gives the module called at `node` another parameter or buffer.
 
-    A parameter stays a parameter (with the old `requires_grad`; a new one trains if its siblings do), a buffer a buffer. The module object and its tensors are not
-    written into; a module that other nodes call too is cloned for this node first.
+    A parameter stays a parameter (with the old `requires_grad`; a new one trains if its siblings do), a buffer a
+    buffer. The module object and its tensors are not written into; a module that other nodes call too is cloned for
+    this node first.
 
     Args:
         program: the program to edit.
@@ -204,7 +221,9 @@ def clean(program: Program) -> None:
         program._changed()
 
 
-def _create(program: Program, target: Target, args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None) -> fx.Node:
+def _create(
+    program: Program, target: Target, args: Sequence[Any], kwargs: Mapping[str, Any], name: str | None
+) -> fx.Node:
     if isinstance(target, nn.Module):
         target.train(program.training)
         path = _attach(program, target, (name or type(target).__name__.lower()))
@@ -267,7 +286,7 @@ def _prune(module: nn.Module, path: str, called: set[str], read: set[str]) -> bo
 
 
 def raise_calls(program: Program) -> None:
-    """Raises functional calls whose tensors are parameters by now to modules, at the path of their weight if it is free.
+    """Raises functional calls whose tensors are parameters by now to modules, at their weight's path if it is free.
 
     As at capture: see `fxopt.capture.raising`.
     """

@@ -1,15 +1,15 @@
 """The errors that fxopt raises. Each says what was wrong and what to do next; causes are chained.
 
-    FxoptError
-    ├── InputError             inputs, options or files given by the caller do not fit
-    ├── CaptureError           no frontend could turn the model into a program
-    ├── PipelineError          passes in an order, or on a program, that they do not allow
-    ├── PassError              a pass failed, at a node
-    ├── VerificationError      a check failed after a pass
-    ├── RegistryError          a name that is not registered, or registered twice, or a spec that does not parse
-    ├── ArtifactError          a saved folder is incomplete, altered or foreign
-    └── BackendError           lowering or running failed
-        └── BackendUnavailable the backend's package or device is missing
+FxoptError
+├── InputError             inputs, options or files given by the caller do not fit
+├── CaptureError           no frontend could turn the model into a program
+├── PipelineError          passes in an order, or on a program, that they do not allow
+├── PassError              a pass failed, at a node
+├── VerificationError      a check failed after a pass
+├── RegistryError          a name that is not registered, or registered twice, or a spec that does not parse
+├── ArtifactError          a saved folder is incomplete, altered or foreign
+└── BackendError           lowering or running failed
+    └── BackendUnavailable the backend's package or device is missing
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Runs passes: plans, applies, verifies after each, rolls back what fails, and reports.
 
-A pass works on a copy of the program; the copy replaces the program only when its checks hold. If they do not, bisection finds
-the first rewrite that breaks them, that one is left out and reported, and the rest is tried again. Exact passes are run until
-they find nothing more, and are compared with what the program answered at capture, or after the last lossy pass: first in the program's own precision; what
-exceeds rounding there is applied once more in float64, where an exact rewrite leaves no error.
+A pass works on a copy of the program; the copy replaces the program only when its checks hold. If they do not,
+bisection finds the first rewrite that breaks them, that one is left out and reported, and the rest is tried again.
+Exact passes are run until they find nothing more, and are compared with what the program answered at capture, or after
+the last lossy pass: first in the program's own precision; what exceeds rounding there is applied once more in float64,
+where an exact rewrite leaves no error.
 """
 
 from __future__ import annotations
@@ -97,7 +98,7 @@ class PassManager:
         return program
 
     def explain(self, program: Program) -> list[Plan]:
-        """What each pass would do. The program stays as it is; a copy is rewritten so that later passes see what they would."""
+        """What each pass would do. Only a copy of the program is rewritten, for later passes to see what they would."""
         _check_order([step.pass_ for step in self._steps], program)
         program = program.copy()
         plans = []
@@ -261,7 +262,7 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
     Raises:
         PipelineError: naming both passes, and what to do.
     """
-    provided_by = {name: "the program" for name in program.properties}
+    provided_by = dict.fromkeys(program.properties, "the program")
     for index, pass_ in enumerate(passes):
         for name in sorted(pass_.requires - provided_by.keys()):
             later = next((other.name for other in passes[index:] if name in other.provides), None)
@@ -270,7 +271,9 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
         for name in sorted(pass_.refuses & provided_by.keys()):
             owner = provided_by[name]
             advice = "capture the model anew" if owner == "the program" else f"put {pass_.name} before {owner}"
-            raise PipelineError(f"{pass_.name} cannot run on a program that is {name!r} already, which {owner} made it: {advice}")
+            raise PipelineError(
+                f"{pass_.name} cannot run on a program that is {name!r} already, which {owner} made it: {advice}"
+            )
         provided_by.update(dict.fromkeys(pass_.provides, pass_.name))
 
 

@@ -1,11 +1,11 @@
 """One table of operators: every spelling -> its canonical name and its named arguments.
 
-`nn.ReLU`, `F.relu`, `torch.relu`, `Tensor.relu_` and `aten.relu.default` are all "relu". Passes ask for canonical names through
-`Program.op` and `Program.call` and never list spellings themselves. A spelling that is not in the table is an operator of its
-own, "unknown:<target>": nothing is assumed about it.
+`nn.ReLU`, `F.relu`, `torch.relu`, `Tensor.relu_` and `aten.relu.default` are all "relu". Passes ask for canonical names
+through `Program.op` and `Program.call` and never list spellings themselves. A spelling that is not in the table is an
+operator of its own, "unknown:<target>": nothing is assumed about it.
 
-An entry names the arguments in the order of the torch function. Modules bring their configuration as attributes, so only
-their call arguments are named. Classes of other libraries are known by qualified name and never imported.
+An entry names the arguments in the order of the torch function. Modules bring their configuration as attributes, so
+only their call arguments are named. Classes of other libraries are known by qualified name and never imported.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812 (the field's usual name)
+import torch.nn.functional as F
 from torch import fx, nn
 
 __all__ = ["Call", "Operator", "is_known_module", "operators", "resolve"]

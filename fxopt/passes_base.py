@@ -1,7 +1,8 @@
 """What a pass is: a frozen dataclass whose fields are its options, with `plan` and `apply`.
 
-`plan` decides and changes nothing; `apply` carries one decision out through `fxopt.edit`. A decision names its node and holds
-plain JSON, so that a plan can be printed, replayed on another checkpoint, applied one rewrite at a time, or rolled back.
+`plan` decides and changes nothing; `apply` carries one decision out through `fxopt.edit`. A decision names its node and
+holds plain JSON, so that a plan can be printed, replayed on another checkpoint, applied one rewrite at a time, or
+rolled back.
 """
 
 from __future__ import annotations
@@ -127,7 +128,9 @@ class Plan:
             if not isinstance(decision, Rewrite | Skip):
                 raise PassError(f"plan must give Rewrite or Skip, not {decision!r}", pass_name=pass_.name)
             if decision.node not in names:
-                raise PassError("the plan names a node that is not in the program", pass_name=pass_.name, node=decision.node)
+                raise PassError(
+                    "the plan names a node that is not in the program", pass_name=pass_.name, node=decision.node
+                )
             if isinstance(decision, Skip):
                 plan.skips.append(decision)
                 continue

@@ -34,9 +34,9 @@ class BatchAxis(NamedTuple):
 class Program:
     """A captured model: a flat `fx.Graph` over modules that sit at their original paths.
 
-    Placeholders are tensors (targets `signature.names`), the output is a tuple of tensors, parameters live in modules, everything
-    else is a function call. A program is private: it shares no module with the caller's model. Its tensors are immutable for
-    passes, which is why copies share them; only training the `module` writes into them.
+    Placeholders are tensors (targets `signature.names`), the output is a tuple of tensors, parameters live in modules,
+    everything else is a function call. A program is private: it shares no module with the caller's model. Its tensors
+    are immutable for passes, which is why copies share them; only training the `module` writes into them.
 
     Attributes:
         signature: how the model is called, and what it returns.
@@ -111,7 +111,7 @@ class Program:
         Raises:
             InputError: if there is none.
         """
-        for node in self.graph.nodes:
+        for node in self.nodes:
             if node.name == name:
                 return node
         raise InputError(f"the program has no node {name!r}")
@@ -154,7 +154,7 @@ class Program:
             self._analyses[function] = function(self)
         return cast(T, self._analyses[function])
 
-    def remember(self, function: Callable[[Program], T], result: T) -> None:
+    def remember(self, function: Callable[[Program], Any], result: object) -> None:
         """Stores the result of an analysis that was found on the way to something else."""
         self._analyses[function] = result
 

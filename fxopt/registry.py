@@ -1,7 +1,8 @@
 """Names of passes, backends and pipelines. All of them, the built-in ones too, come from entry points.
 
-Three groups: `fxopt.passes` and `fxopt.backends` name classes; `fxopt.pipelines` names sequences of pass specs, such as "default".
-Listing imports every plugin; a broken one is named in a warning and left out. Looking a name up imports that one alone.
+Three groups: `fxopt.passes` and `fxopt.backends` name classes; `fxopt.pipelines` names sequences of pass specs, such as
+"default". Listing imports every plugin; a broken one is named in a warning and left out. Looking a name up imports that
+one alone.
 """
 
 from __future__ import annotations
@@ -18,7 +19,17 @@ from fxopt.spec import configure, parse_spec
 if TYPE_CHECKING:
     from fxopt.backend import Backend
 
-__all__ = ["BrokenPluginWarning", "Step", "backends", "find_backend", "make_backend", "make_pass", "make_steps", "passes", "pipelines"]
+__all__ = [
+    "BrokenPluginWarning",
+    "Step",
+    "backends",
+    "find_backend",
+    "make_backend",
+    "make_pass",
+    "make_steps",
+    "passes",
+    "pipelines",
+]
 
 _PASSES, _BACKENDS, _PIPELINES = "fxopt.passes", "fxopt.backends", "fxopt.pipelines"
 _SINGULAR = {_PASSES: "pass", _BACKENDS: "backend", _PIPELINES: "pipeline"}
@@ -33,8 +44,8 @@ class Step(NamedTuple):
 
     Attributes:
         pass_: the configured pass.
-        explicit: whether the user asked for this pass, rather than for a pipeline that holds it; only then is it worth a
-            warning that it found nothing to do.
+        explicit: whether the user asked for this pass, rather than for a pipeline that holds it; only then is it worth
+            a warning that it found nothing to do.
     """
 
     pass_: Pass
@@ -136,8 +147,8 @@ def _load(entry: EntryPoint) -> Any:
         return entry.load()
     except Exception as error:  # a plugin may fail to import in any way: it is named, with the cause
         raise RegistryError(
-            f"{entry.name!r} of the distribution {_distribution(entry)} cannot be imported ({type(error).__name__}: {error}); "
-            "reinstall or remove that package"
+            f"{entry.name!r} of the distribution {_distribution(entry)} cannot be imported "
+            f"({type(error).__name__}: {error}); reinstall or remove that package"
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""Copies of modules that share their tensors. Tensors are immutable for passes, so a copy of a program costs no memory."""
+"""Copies of modules that share their tensors: passes never write into those, so a copied program costs no memory."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def share_module(module: nn.Module, memo: dict[int, nn.Module] | None = None) ->
 
 
 def keep_persistence(copied: nn.Module, original: nn.Module) -> None:
-    """Leaves buffers out of the state dict of `copied` that are left out of the original's; `fx.GraphModule` forgets which."""
+    """Hides the buffers from the state dict of `copied` that the original's hides; `fx.GraphModule` forgets which."""
     modules = dict(original.named_modules(remove_duplicate=False))
     for path, module in copied.named_modules(remove_duplicate=False):
         hidden = modules[path]._non_persistent_buffers_set if path in modules else set()

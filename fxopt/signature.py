@@ -1,7 +1,8 @@
 """How a model is called: the parameters of its `forward`, and the structures of its inputs and outputs.
 
-A `Signature` turns a call like the model's into the flat tensors that a graph takes, and flat results back into the model's
-own output structure. It is plain JSON, so that an engine loaded in another process is called just like the model.
+A `Signature` turns a call like the model's into the flat tensors that a graph takes, and flat results back into the
+model's own output structure. It is plain JSON, so that an engine loaded in another process is called just like the
+model.
 """
 
 from __future__ import annotations
@@ -103,7 +104,9 @@ class Signature:
             wanted = {key: batch[key] for key in self.call.parameters if key in batch}
             return self.flatten_inputs((), wanted or batch)
         if not isinstance(batch, tuple | list):
-            raise InputError(f"a calibration batch must be a tensor, tuple, list or mapping, not {type(batch).__name__}")
+            raise InputError(
+                f"a calibration batch must be a tensor, tuple, list or mapping, not {type(batch).__name__}"
+            )
         given = sum(1 for child in self.inputs.children if child.leaf_count())
         return self.flatten_inputs(tuple(batch[:given]), {})
 

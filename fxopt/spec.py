@@ -1,7 +1,7 @@
 """Spec strings: a configured pass or backend written as a Python call, `prune_channels(ratio=0.5)`.
 
-Parsed with `ast.literal_eval`, never `eval`. Printing a configuration and parsing it gives an equal one; options at their
-defaults are not printed.
+Parsed with `ast.literal_eval`, never `eval`. Printing a configuration and parsing it gives an equal one; options at
+their defaults are not printed.
 """
 
 from __future__ import annotations

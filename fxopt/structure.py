@@ -1,9 +1,9 @@
 """A tree of containers whose leaves are tensors: how a model's inputs and outputs are nested.
 
-A graph takes and returns flat tensors; a `Structure` remembers what was around them, so that an engine is called like the
-model and answers like it. Anything that is neither a tensor nor a container is a *constant* of the structure: it was burnt into
-the graph, and a later call must pass the same. A structure is plain JSON: loading one imports no class. A named tuple or
-dataclass whose class is not at hand comes back as an equally named stand-in with the same fields.
+A graph takes and returns flat tensors; a `Structure` remembers what was around them, so that an engine is called like
+the model and answers like it. Anything that is neither a tensor nor a container is a *constant* of the structure: it
+was burnt into the graph, and a later call must pass the same. A structure is plain JSON: loading one imports no class.
+A named tuple or dataclass whose class is not at hand comes back as an equally named stand-in with the same fields.
 """
 
 from __future__ import annotations
@@ -155,7 +155,7 @@ class Structure:
         name = name if name.isidentifier() and not keyword.iskeyword(name) else "Output"
         fields = [str(key) for key in self.keys]
         if self.kind == "namedtuple":
-            return cast("Callable[..., Any]", collections.namedtuple(name, fields))  # noqa: PYI024 (fields are data)
+            return cast("Callable[..., Any]", collections.namedtuple(name, fields))
         return dataclasses.make_dataclass(name, fields)
 
     def _walk_paths(self, path: str, found: list[str]) -> None:

@@ -39,7 +39,7 @@ class Reference(NamedTuple):
         tolerance = rounding_tolerance((*tensors, *outputs))
         try:
             return cls((program.example_inputs, fresh), (outputs, seeded_run(program, fresh)), tolerance)
-        except Exception as error:  # a model may refuse values in any way of its own: the reason is kept
+        except Exception as error:  # noqa: BLE001 (a model may refuse values in any way of its own: the reason is kept)
             note = f"random inputs were not tried: the model refuses them ({_first_line(error)})"
             return cls((program.example_inputs,), (outputs,), tolerance, (note,))
 
@@ -53,7 +53,7 @@ class Reference(NamedTuple):
         for inputs, expected in zip(self.cases, self.outputs, strict=True):
             try:
                 outputs = seeded_run(program, inputs)
-            except Exception as error:  # any operator may refuse its operands in its own way: the reason is kept
+            except Exception as error:  # noqa: BLE001 (operators refuse operands in their own ways: the reason is kept)
                 return incomparable(f"an operator refuses its operands: {_first_line(error)}")
             found.append(compare(expected, outputs))
         return worst(found)
@@ -85,7 +85,7 @@ def check_shapes(before: Program, after: Program) -> str | None:
     """Why `after` does not give outputs of the same shapes and types as `before`; None if it does."""
     try:
         known = after.analysis(shapes)
-    except Exception as error:  # any operator may refuse its operands in its own way: the reason is kept
+    except Exception as error:  # noqa: BLE001 (operators refuse operands in their own ways: the reason is kept)
         return f"an operator refuses its operands: {_first_line(error)}"
     expected = before.analysis(shapes)[_output(before)]
     if known[_output(after)] != expected:
@@ -110,7 +110,7 @@ def _malformed(before: Program, after: Program) -> Iterator[str]:
 
 
 def in_double(program: Program) -> Program:
-    """A copy in float64: there an exact rewrite is exact to 1e-9, and what float32 showed was rounding if it was no error."""
+    """A copy in float64: there an exact rewrite is exact to 1e-9, and what float32 showed besides was rounding."""
     module = copy.deepcopy(program.module).double()
     inputs = tuple(item.double() if item.is_floating_point() else item for item in program.example_inputs)
     double = Program(
@@ -125,7 +125,7 @@ def _inputs(program: Program) -> list[str]:
 
 
 def _output(program: Program) -> str:
-    return next(node.name for node in reversed(program.graph.nodes) if node.op == "output")
+    return program.nodes[-1].name
 
 
 def _first_line(error: BaseException) -> str:

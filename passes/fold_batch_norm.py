@@ -1,16 +1,17 @@
 """Folds BatchNorm with fixed statistics into the convolution or linear layer before it, or behind it.
 
-In evaluation mode BatchNorm is an affine map per channel, y = s x + t with s = gamma / sqrt(var + eps) and t = beta - mean s.
+In evaluation mode BatchNorm is an affine map per channel, y = s x + t with s = gamma / sqrt(var + eps) and t = beta -
+mean s.
 
     layer, then BatchNorm:   W' = s W (along output channels),  b' = s b + t
     BatchNorm, then layer:   W' = W s (along input channels),   b' = b + sum W t
 
-The second form needs every output to see every input of its window: a layer that pads with zeros sees zeros where BatchNorm would
-have given t. It is legal with padding modes that copy values, without padding, and where t = 0.
+The second form needs every output to see every input of its window: a layer that pads with zeros sees zeros where
+BatchNorm would have given t. It is legal with padding modes that copy values, without padding, and where t = 0.
 
-Refused, with the reason: training mode, no running statistics, a layer whose output has other users, a layer called at several
-places (its weights would have to be copied: `clone_shared=True` does that), channels on another axis, results that are not
-finite. Identities and dropout in evaluation mode may stand between. Folding is computed in float64.
+Refused, with the reason: training mode, no running statistics, a layer whose output has other users, a layer called at
+several places (its weights would have to be copied: `clone_shared=True` does that), channels on another axis, results
+that are not finite. Identities and dropout in evaluation mode may stand between. Folding is computed in float64.
 """
 
 from __future__ import annotations
@@ -199,7 +200,7 @@ def _scale(layer: _Layer, weight: Tensor, factors: Tensor, *, outputs: bool) -> 
     """
     transposed = isinstance(layer, nn.modules.conv._ConvTransposeNd)
     groups = 1 if isinstance(layer, nn.Linear) else layer.groups
-    grouped = weight.unflatten(0, (groups, -1))
+    grouped = weight.reshape(groups, -1, *weight.shape[1:])
     if outputs != transposed:
         shape = (groups, -1, 1) + (1,) * (weight.ndim - 2)
     else:
@@ -236,4 +237,6 @@ def _mixes_zeros(layer: _Layer, kind: str) -> bool:
 
 
 def _noun(program: Program, node: fx.Node) -> str:
-    return {"placeholder": "an input", "output": "an output"}.get(program.op(node), program.op(node).removeprefix("unknown:"))
+    return {"placeholder": "an input", "output": "an output"}.get(
+        program.op(node), program.op(node).removeprefix("unknown:")
+    )

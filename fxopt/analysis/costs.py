@@ -40,8 +40,8 @@ def total_cost(program: Program) -> Cost:
 def macs_by_node(program: Program) -> Mapping[str, int]:
     """MACs of each node that multiplies and accumulates (convolution, linear, matmul, attention), by node name.
 
-    From the shapes, at the sizes of the example inputs. A program with operators whose products are hidden (recurrent layers,
-    einsum, unknown functions) is counted by torch's flop counter instead, two flops a MAC.
+    From the shapes, at the sizes of the example inputs. A program with operators whose products are hidden (recurrent
+    layers, einsum, unknown functions) is counted by torch's flop counter instead, two flops a MAC.
     """
     calls = [(node, program.call(node)) for node in program.graph.nodes]
     if any(call.op in _INTRICATE or call.op.startswith("unknown:") for _, call in calls):
@@ -97,7 +97,7 @@ def _count(program: Program, inputs: list[torch.Tensor]) -> dict[str, int]:
     with FlopCounterMode(display=False) as mode:
         seen = 0
 
-        def watch(node: fx.Node, value: Any) -> None:
+        def watch(node: fx.Node, _: Any) -> None:
             nonlocal seen
             flops, seen = mode.get_total_flops() - seen, mode.get_total_flops()
             if flops:

@@ -23,36 +23,39 @@ __all__ = ["Values", "values"]
 
 
 class Values:
-    """What every node is worth.
+    """What every node is worth, by name: copies of a program share their analyses, but not their nodes.
 
     Attributes:
         first: for every node the first that has its value, perhaps itself.
-        redundant: nodes that repeat the value of an operand, or the reason why they must stay.
+        redundant: what a node that repeats the value of an operand does.
+        kept: why a node that does so must stay.
     """
 
     def __init__(self) -> None:
-        self.first: dict[fx.Node, fx.Node] = {}
-        self.redundant: dict[fx.Node, Redundant | str] = {}
+        self.first: dict[str, str] = {}
+        self.redundant: dict[str, str] = {}
+        self.kept: dict[str, str] = {}
 
 
 def values(program: Program) -> Values:
     """An analysis. Nodes are compared in execution order, so the first of equal ones runs before all others."""
     found = Values()
-    known: dict[Hashable, fx.Node] = {}
+    known: dict[Hashable, str] = {}
     for node in program.graph.nodes:
         repeats = redundant(program, node)
-        if repeats is not None:
-            found.redundant[node] = repeats
+        found.first[node.name] = node.name
         if isinstance(repeats, Redundant):
-            found.first[node] = found.first[repeats.source]
-        elif is_pure(program, node):
-            found.first[node] = known.setdefault(_key(program, node, found.first), node)
-        else:
-            found.first[node] = node
+            found.redundant[node.name] = repeats.why
+            found.first[node.name] = found.first[repeats.source.name]
+            continue
+        if isinstance(repeats, str):
+            found.kept[node.name] = repeats
+        if is_pure(program, node):
+            found.first[node.name] = known.setdefault(_key(program, node, found.first), node.name)
     return found
 
 
-def _key(program: Program, node: fx.Node, first: Mapping[fx.Node, fx.Node]) -> Hashable:
+def _key(program: Program, node: fx.Node, first: Mapping[str, str]) -> Hashable:
     if node.op == "get_attr":
         return "get_attr", id(program.tensor_of(node))
     call = program.call(node)
@@ -68,10 +71,10 @@ def _identity(module: nn.Module) -> Hashable:
     return type(module), repr(sorted(configuration.items()))
 
 
-def _frozen(value: Any, first: Mapping[fx.Node, fx.Node]) -> str:
+def _frozen(value: Any, first: Mapping[str, str]) -> str:
     """A text that tells values apart: 1 from 1.0, 0.0 from -0.0, a list from a tuple."""
     if isinstance(value, fx.Node):
-        return f"%{first[value].name}"
+        return f"%{first[value.name]}"
     if isinstance(value, tuple | list):
         kind = "tuple" if isinstance(value, tuple) else "list"
         return f"{kind}({', '.join(_frozen(item, first) for item in value)})"

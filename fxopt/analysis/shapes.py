@@ -1,7 +1,7 @@
 """Shape and dtype of every value of a program, at the sizes of the example inputs.
 
-Found without arithmetic, by running the graph on meta tensors, or on fake ones where an operator insists on a device. A real
-run knows the shapes too: `record_shapes` keeps what it saw, so that verification pays for the analysis.
+Found without arithmetic, by running the graph on meta tensors, or on fake ones where an operator insists on a device. A
+real run knows the shapes too: `record_shapes` keeps what it saw, so that verification pays for the analysis.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def shapes(program: Program) -> Mapping[str, Any]:
     for attempt in (_on_meta, _on_fakes):
         try:
             return attempt(program)
-        except Exception as error:  # operators that have no kernel for it refuse in many ways; the next attempt decides
+        except Exception as error:  # noqa: BLE001 (operators that have no kernel for it refuse in many ways; the next one decides)
             _log.debug("shapes %s: %s", attempt.__name__, error)
     record_shapes(program)
     return program.analysis(shapes)

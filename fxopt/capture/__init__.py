@@ -39,8 +39,8 @@ def capture(
     Args:
         model: the module to capture, in the mode (training or evaluation), dtype and device that it is in.
         example_inputs: a tuple of positional arguments, a mapping of keyword arguments, or one tensor.
-        frontend: "symbolic" (torch.fx), "export" (torch.export), or "auto": symbolic, and export where that fails, answers
-            differently, or leaves calls opaque.
+        frontend: "symbolic" (torch.fx), "export" (torch.export), or "auto": symbolic, and export where that fails,
+            answers differently, or leaves calls opaque.
         calibration: any iterable of batches, for passes that look at data.
         target: where the engine will run; this machine's CPU by default.
 
@@ -106,8 +106,10 @@ class _Subject(NamedTuple):
             resized = tuple(_resize(item, other) if at in batch.inputs else item for at, item in enumerate(inputs))
             try:
                 cases.append((resized, _answers(private, signature, resized)))
-            except Exception as error:  # a model may be tied to its batch size in any way; the reason is kept
-                notes.append(f"the batch size is fixed at {batch.size}: the model fails on {other} ({_first_line(error)})")
+            except Exception as error:  # noqa: BLE001 (a model may refuse in any way; the reason is kept)
+                notes.append(
+                    f"the batch size is fixed at {batch.size}: the model fails on {other} ({_first_line(error)})"
+                )
                 batch = None
         return cls(private, signature, inputs, batch, cases, notes)
 
@@ -125,7 +127,7 @@ def _trace(name: str, subject: _Subject) -> tuple[Captured, list[str]]:
     else:
         from fxopt.capture.symbolic import trace_symbolic
 
-        captured = trace_symbolic(model, subject.signature, subject.inputs)
+        captured = trace_symbolic(model, subject.signature)
         functionalize(captured.module)
         raise_to_modules(captured.module, training=model.training, original=model)
     return captured, ([captured.note] if captured.note else []) + subject.notes
@@ -162,11 +164,15 @@ def _check_answers(program: Program, subject: _Subject) -> None:
         try:
             outputs = seeded_run(program, inputs)
         except Exception as error:  # burnt-in sizes make operators fail in their own ways
-            raise CaptureError(f"the captured graph fails on a batch of {_batch_size(inputs)}: {_first_line(error)}") from error
+            raise CaptureError(
+                f"the captured graph fails on a batch of {_batch_size(inputs)}: {_first_line(error)}"
+            ) from error
         difference = compare(expected, outputs)
         tolerance = rounding_tolerance((*subject.model.parameters(), *expected)) / 10
         if not difference.within(tolerance):
-            raise CaptureError(f"the captured graph answers differently on a batch of {_batch_size(inputs)}: {difference}")
+            raise CaptureError(
+                f"the captured graph answers differently on a batch of {_batch_size(inputs)}: {difference}"
+            )
 
 
 def _opaque(program: Program) -> list[str]:
@@ -183,9 +189,11 @@ def _private_copy(model: nn.Module) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    lazy = [name for name, item in model.named_parameters() if nn.parameter.is_lazy(item)]
-    if lazy:
-        raise InputError(f"{lazy[0]} is not initialised yet: call the model once, then capture it")
+    lazy = next(
+        (name for name, item in model.named_parameters() if isinstance(item, nn.parameter.UninitializedParameter)), None
+    )
+    if lazy is not None:
+        raise InputError(f"{lazy} is not initialised yet: call the model once, then capture it")
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError) as error:
@@ -217,7 +225,7 @@ def _guess_batch(inputs: tuple[torch.Tensor, ...]) -> BatchAxis | None:
 
 
 def _resize(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """The first `size` entries, repeated as needed, in another order, so that no entry is answered by its place alone."""
+    """The first `size` entries, repeated as needed, in another order: no answer may hang on a place."""
     picks = torch.arange(size, device=tensor.device) % tensor.shape[0]
     return tensor[picks.flip(0)]
 

@@ -1,7 +1,7 @@
-"""Removes in-place operations from a captured graph: each value is written once, so that rewriting cannot reorder writes.
+"""Removes in-place operations from a captured graph: each value is written once, so that no rewrite reorders writes.
 
-`x.add_(y)` becomes `x.add(y)`, and every later use of `x` takes the result. That is the same program unless something else looks
-at the memory of `x`: a view made earlier and read later. Then the graph is refused with the reason.
+`x.add_(y)` becomes `x.add(y)`, and every later use of `x` takes the result. That is the same program unless something
+else looks at the memory of `x`: a view made earlier and read later. Then the graph is refused with the reason.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import operator
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import fx, nn
 
 from fxopt.errors import CaptureError
@@ -19,8 +19,9 @@ from fxopt.ops import Call, resolve
 __all__ = ["functionalize"]
 
 _VIEWS = frozenset(
-    "view reshape flatten unflatten permute transpose t squeeze unsqueeze expand split chunk unbind select slice narrow getitem "
-    "identity detach contiguous dropout dropout1d dropout2d dropout3d alpha_dropout drop_path to float getattr".split()
+    "view reshape flatten unflatten permute transpose t squeeze unsqueeze expand split chunk unbind select slice "
+    "narrow getitem identity detach contiguous dropout dropout1d dropout2d dropout3d alpha_dropout drop_path to float "
+    "getattr".split()
 )
 _PURE_FUNCTIONS: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -59,10 +60,8 @@ def functionalize(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def _watcher(
-    module: fx.GraphModule, node: fx.Node, written: fx.Node, position: dict[fx.Node, int]
-) -> fx.Node | None:
-    """A value other than `written`, made before `node`, that shares its memory and is read after it; None if there is none."""
+def _watcher(module: fx.GraphModule, node: fx.Node, written: fx.Node, position: dict[fx.Node, int]) -> fx.Node | None:
+    """A value before `node` that shares the memory of `written` and is read after `node`; None if there is none."""
     shared = {written}
     pending = [written]
     while pending:

@@ -1,12 +1,12 @@
 """The `symbolic` frontend: `torch.fx` tracing of the model's Python code with proxies for the flat input tensors.
 
-Fast, and it keeps the model's own modules. It fails on control flow over values or shapes, and leaves functions that libraries
-wrap for it opaque; `auto` then prefers `export`.
+Fast, and it keeps the model's own modules. It fails on control flow over values or shapes, and leaves functions that
+libraries wrap for it opaque; `auto` then prefers `export`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ __all__ = ["opaque_calls", "trace_symbolic"]
 _TRANSPARENT = ("torch", "_operator", "operator", "math", "builtins")
 
 
-def trace_symbolic(model: nn.Module, signature: Signature, example_inputs: Sequence[torch.Tensor]) -> Captured:
+def trace_symbolic(model: nn.Module, signature: Signature) -> Captured:
     """Traces `model`, a private copy.
 
     Raises:
@@ -36,7 +36,8 @@ def trace_symbolic(model: nn.Module, signature: Signature, example_inputs: Seque
     with _writes_undone(model) as written:
         try:
             graph = tracer.trace(model)
-        except Exception as error:  # tracing runs the model's own code: whatever that raises under proxies is the reason
+        except Exception as error:
+            # tracing runs the model's own code: whatever that raises under proxies is the reason
             raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
     if written:
         raise CaptureError(f"the model writes into its buffer {written[0]}, which tracing cannot see")
@@ -83,7 +84,7 @@ class _FlatTracer(fx.Tracer):
         return call, [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Modules of torch, and those of other libraries that the operator table knows; unless hooks change what they do."""
+        """Modules of torch, and others that the operator table knows; unless hooks change what they do."""
         if m._forward_hooks or m._forward_pre_hooks or parametrize.is_parametrized(m):
             return False
         return is_known_module(m) or super().is_leaf_module(m, module_qualified_name)
@@ -93,7 +94,8 @@ class _FlatTracer(fx.Tracer):
 def _writes_undone(model: nn.Module) -> Iterator[list[str]]:
     """Undoes what tracing writes into buffers, and names those written, except for the counters of BatchNorm.
 
-    Buffers are real tensors while the code is traced: a write into one happens, and leaves no trace in the graph. The counters
+    Buffers are real tensors while the code is traced: a write into one happens, and leaves no trace in the graph. The
+        counters
     are kept by the BatchNorm modules that calls are raised to.
     """
     before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()}
@@ -108,7 +110,7 @@ def _writes_undone(model: nn.Module) -> Iterator[list[str]]:
 
 
 def _drop_assertions(module: fx.GraphModule) -> None:
-    """Removes `torch._assert` and what only it reads: a program holds for the inputs it was captured with, and checks those."""
+    """Removes `torch._assert` and what only it reads: a program checks its inputs against those of its capture."""
     pending = [node for node in module.graph.nodes if node.target in (torch._assert, torch._assert_async)]
     while pending:
         node = pending.pop()

@@ -28,8 +28,8 @@ def standardized(model: nn.Module) -> nn.Module:
 
 
 def traced(model: nn.Module, inputs: Any) -> fx.GraphModule:
-    signature, leaves = Signature.of(model, inputs)
-    return trace_symbolic(standardized(model), signature, leaves).module
+    signature, _ = Signature.of(model, inputs)
+    return trace_symbolic(standardized(model), signature).module
 
 
 OPTIONS: list[dict[str, Any]] = [

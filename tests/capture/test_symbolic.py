@@ -17,8 +17,8 @@ X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))
 
 
 def trace(model: nn.Module, inputs: Any = X) -> Captured:
-    signature, leaves = Signature.of(model, inputs)
-    return trace_symbolic(model, signature, leaves)
+    signature, _ = Signature.of(model, inputs)
+    return trace_symbolic(model, signature)
 
 
 def targets(captured: Captured) -> list[str]:

@@ -70,7 +70,9 @@ def test_golden() -> None:
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("affine", [False, True])
-def test_batch_norm_behind_a_convolution(dimension: int, transposed: bool, groups: int, bias: bool, affine: bool) -> None:
+def test_batch_norm_behind_a_convolution(
+    dimension: int, transposed: bool, groups: int, bias: bool, affine: bool
+) -> None:
     convolution, transpose, norm = DIMENSIONS[dimension]
     layer: Any = transpose if transposed else convolution
     model = nn.Sequential(layer(4, 6, 3, stride=2, padding=1, groups=groups, bias=bias), norm(6, affine=affine))
@@ -94,7 +96,9 @@ def test_batch_norm_before_a_convolution_that_pads_with_values(mode: str) -> Non
 
 def test_batch_norm_before_a_convolution_that_pads_with_zeros() -> None:
     model = seasoned(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 6, 3, padding="same"))).double()
-    assert_skips(FoldBatchNorm(), model, sample(2, 4, 7, 7), ["behind an input; 1 pads with zeros, which BatchNorm would shift"])
+    assert_skips(
+        FoldBatchNorm(), model, sample(2, 4, 7, 7), ["behind an input; 1 pads with zeros, which BatchNorm would shift"]
+    )
 
 
 def test_batch_norm_that_shifts_nothing_may_stand_before_zero_padding() -> None:
@@ -168,7 +172,9 @@ def test_second_user_of_the_convolution_is_refused() -> None:
             x = self.conv(x)
             return x + self.norm(x)
 
-    assert_skips(FoldBatchNorm(), seasoned(Peek()).double(), sample(2, 3, 5, 5), ["output of conv has 2 users; before add"])
+    assert_skips(
+        FoldBatchNorm(), seasoned(Peek()).double(), sample(2, 3, 5, 5), ["output of conv has 2 users; before add"]
+    )
 
 
 class SharedConvolution(nn.Module):
