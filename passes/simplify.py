@@ -78,7 +78,7 @@ class _Planning:
         self.program = program
         self.known = program.analysis(batch_shapes)
         self.values = program.analysis(values)
-        self.renamed: set[fx.Node] = set()  # replaced by a node of another name
+        self.renamed: set[str] = set()  # replaced by a node of another name
 
     def decisions(self) -> Iterator[Rewrite | Skip]:
         constant = set(needed_constants(self.program))
@@ -99,13 +99,14 @@ class _Planning:
         return None if self.known is None else self.known.number(node)
 
     def _repeated(self, node: fx.Node) -> list[Rewrite | Skip]:
-        first, why = self.values.first[node], self.values.redundant.get(node)
-        if isinstance(why, str):
-            return [Skip(node.name, why)] if first is node else []
-        if first is node or first in self.renamed:
+        first = self.values.first[node.name]
+        if first == node.name:
+            return [Skip(node.name, self.values.kept[node.name])] if node.name in self.values.kept else []
+        if first in self.renamed:
             return []
-        what = f"same as {first.name}" if why is None else f"remove: {why.why}"
-        return [Rewrite(node.name, what, {"kind": "use", "source": first.name})]
+        why = self.values.redundant.get(node.name)
+        what = f"same as {first}" if why is None else f"remove: {why}"
+        return [Rewrite(node.name, what, {"kind": "use", "source": first})]
 
     def _merged(self, node: fx.Node) -> list[Rewrite]:
         """Several reshapes, or several permutations, in one."""
@@ -113,8 +114,8 @@ class _Planning:
         chain = self._chain(node, ops)
         if len(chain) < 2 or self.known is None:
             return []
-        source = self.values.first[self.program.call(chain[-1]).arguments["input"]]
-        if source in self.renamed or any(self.values.first[item] is not item for item in chain):
+        source = self.values.first[self.program.call(chain[-1]).arguments["input"].name]
+        if source in self.renamed or any(self.values.first[item.name] != item.name for item in chain):
             return []
         params: dict[str, Any]
         if ops is PERMUTES:
@@ -125,14 +126,14 @@ class _Planning:
                 if step is None:
                     return []
                 dims = [step[axis] for axis in dims]
-            params = {"kind": "permute", "source": source.name, "dims": dims}
+            params = {"kind": "permute", "source": source, "dims": dims}
         else:
             shape = self.known.literal_shape(node)
             copies = any(self.program.op(item) != "view" for item in chain[1:])
             if shape is None or (copies and view_behind(self.program, node) is not None):
                 return []
-            params = {"kind": "reshape", "source": source.name, "shape": shape}
-        self.renamed.add(node)
+            params = {"kind": "reshape", "source": source, "shape": shape}
+        self.renamed.add(node.name)
         return [Rewrite(node.name, f"merge with {', '.join(item.name for item in chain[1:])}", params)]
 
     def _chain(self, node: fx.Node, ops: frozenset[str]) -> list[fx.Node]:
@@ -153,7 +154,7 @@ class _Planning:
         reason = self._keeps(node)
         if reason is not None:
             return Skip(node.name, reason)
-        self.renamed.add(node)
+        self.renamed.add(node.name)
         tensors = ", ".join(str(item.target) for item in sources(self.program, node).tensors)
         return Rewrite(node.name, f"fold into a tensor: computed from {tensors or 'literals'} alone", {"kind": "fold"})
 
