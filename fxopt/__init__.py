@@ -6,7 +6,7 @@ engine.
 """
 
 from fxopt.api import Compiled, capture, compile, explain, load, optimize
-from fxopt.backend import Backend, Engine
+from fxopt.backend import Backend, Engine, FixedBatchWarning
 from fxopt.errors import (
     ArtifactError,
     BackendError,
@@ -34,6 +34,7 @@ __all__ = [
     "Compiled",
     "Cost",
     "Engine",
+    "FixedBatchWarning",
     "FxoptError",
     "InputError",
     "NoMatchWarning",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from fxopt import artifact
-from fxopt.backend import Backend, Engine
+from fxopt.backend import Backend, Engine, FixedBatchWarning
 from fxopt.capture import Frontend
 from fxopt.capture import capture as _capture
 from fxopt.compare import compare
@@ -26,6 +28,8 @@ from fxopt.target import Target
 from fxopt.verify import Reference
 
 __all__ = ["Compiled", "capture", "compile", "explain", "load", "optimize"]
+
+_log = logging.getLogger(__name__)
 
 Passes = str | Pass | Sequence[str | Pass]
 
@@ -257,6 +261,10 @@ class _Pending:
         if not self.backend.runs_training:
             _refuse_training(program, self.backend)
         program = self.manager.run(program)
+        if self.dynamic_batch and program.fixed_batch is not None:
+            batch_warning = f"the engine takes the batch size of the example inputs only: {program.fixed_batch}"
+            warnings.warn(batch_warning, FixedBatchWarning, stacklevel=3)
+        _log.info("lowering by %s", self.backend)
         engine = self.backend.lower(program, dynamic_batch=self.dynamic_batch)
         report = program.report.copy()
         report.notes += [str(note) for note in engine.info().get("notes", ())]

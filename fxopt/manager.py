@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -64,14 +64,12 @@ class PassManager:
         verify: "numerics" checks structure and outputs after each pass, "structure" the structure alone.
         on_no_match: what to do when a pass that was asked for changes nothing.
         on_failure: "rollback" leaves out the rewrites that fail a check and reports them; "raise" raises.
-        progress: called with the name of the pass and of the stage it enters.
     """
 
     passes: str | Pass | Sequence[str | Pass]
     verify: Verify = "numerics"
     on_no_match: OnNoMatch = "warn"
     on_failure: OnFailure = "rollback"
-    progress: Callable[[str], None] | None = None
     _steps: list[Step] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -92,8 +90,7 @@ class PassManager:
         program = program.copy()
         reference = Reference.of(program) if self.verify == "numerics" and self._steps else None
         for step in self._steps:
-            if self.progress is not None:
-                self.progress(str(step.pass_))
+            _log.info("running %s", step.pass_)
             program, reference = self._run_step(step, program, reference)
         return program
 

@@ -44,6 +44,7 @@ class Program:
         calibration: the caller's iterable of batches, or None.
         target: where the engine will run.
         batch: the batch axis, or None if the batch size is fixed.
+        fixed_batch: why the batch size is fixed; None if it is not, or if there is no batch.
         properties: what passes have established ("quantized", ...); see `Pass.provides`.
         report: what the passes run so far have done.
         frontend: which frontend captured it, "symbolic" or "export".
@@ -70,6 +71,7 @@ class Program:
         self.example_inputs = example_inputs
         self.frontend = frontend
         self.batch = batch
+        self.fixed_batch: str | None = None
         self.calibration = calibration
         self.target = target or Target.detect()
         self.properties: frozenset[str] = frozenset()

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Cost", "PassReport", "Report"]
 
+_UNITS = ((10**9, "G"), (10**6, "M"), (10**3, "k"))
+
 
 class Cost(NamedTuple):
     """What a program costs.
@@ -124,7 +126,7 @@ class Report:
 
         table = Table(title="fxopt report", title_justify="left")
         table.add_column("pass", overflow="fold")
-        for heading in ("rewrites", "left alone", "seconds", "params", "MACs", "MB", "max error", "SQNR dB"):
+        for heading in ("rewrites", "left alone", "seconds", "params", "MACs", "bytes", "max error", "SQNR dB"):
             table.add_column(heading, justify="right", no_wrap=True)
         for item in self.passes:
             table.add_row(
@@ -132,9 +134,9 @@ class Report:
                 str(len(item.rewrites)),
                 str(len(item.skips)),
                 f"{item.seconds:.2f}",
-                _change(item.before.params, item.after.params, 1e6, "M"),
-                _change(item.before.macs, item.after.macs, 1e6, "M"),
-                _change(item.before.bytes, item.after.bytes, 1e6, ""),
+                _change(item.before.params, item.after.params),
+                _change(item.before.macs, item.after.macs),
+                _change(item.before.bytes, item.after.bytes),
                 "-" if item.max_abs_error is None else f"{item.max_abs_error:.1e}",
                 "-" if item.sqnr_db is None else f"{item.sqnr_db:.0f}",
             )
@@ -163,10 +165,11 @@ def _skip_lines(skips: list[Skip]) -> list[str]:
     ]
 
 
-def _change(before: int, after: int, unit: float, suffix: str) -> str:
-    if before == after:
-        return f"{after / unit:.2f}{suffix}"
-    return f"{before / unit:.2f} -> {after / unit:.2f}{suffix}"
+def _change(before: int, after: int) -> str:
+    """A count, or how it changed, in the unit that suits what it was."""
+    unit, suffix = next(((size, name) for size, name in _UNITS if before >= size), (1, ""))
+    texts = [f"{count / unit:.2f}{suffix}" if suffix else str(count) for count in (before, after)]
+    return texts[1] if before == after else f"{texts[0]} -> {texts[1]}"
 
 
 def _json_number(value: float | None) -> float | str | None:

@@ -55,8 +55,7 @@ def export(program: Program, *, dynamic_batch: bool) -> Exported:
     """
     axes = program.batch.inputs if dynamic_batch and program.batch is not None else ()
     if not axes:
-        notes = ["fixed batch: the program has no batch axis"] if dynamic_batch else []
-        return Exported(_export_or_raise(program), False, notes)
+        return Exported(_export_or_raise(program), False, [])
     reason = ""
     try:
         exported = _export(program, axes)

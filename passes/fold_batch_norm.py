@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxopt import edit
+from fxopt.analysis.affine import Affine, formula_of
 from fxopt.analysis.identities import is_identity, source_behind_identities
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.passes_base import Pass, Rewrite, Skip
@@ -54,15 +55,15 @@ class FoldBatchNorm(Pass):
         for node in program.nodes:
             if program.op(node) != "batch_norm":
                 continue
-            refusal = _unfoldable(program, node)
-            if refusal is not None:
-                yield Skip(node.name, refusal)
+            affine = _affine(program, node)
+            if isinstance(affine, str):
+                yield Skip(node.name, affine)
                 continue
-            before = self._layer_before(program, node)
+            before = self._layer_before(program, node, affine)
             if isinstance(before, fx.Node):
                 yield Rewrite(node.name, f"fold into {before.target} before it", {"before": before.name, "behind": []})
                 continue
-            behind = self._layers_behind(program, node)
+            behind = self._layers_behind(program, node, affine)
             if isinstance(behind, list):
                 paths = ", ".join(str(layer.target) for layer in behind)
                 names = [layer.name for layer in behind]
@@ -73,7 +74,8 @@ class FoldBatchNorm(Pass):
     def apply(self, program: Program, rewrite: Rewrite) -> None:
         """Moves one BatchNorm into its layers and takes it out."""
         norm = program.node(rewrite.node)
-        affine = _affine(cast(nn.BatchNorm2d, program.module_of(norm)))
+        affine = _affine(program, norm)
+        assert isinstance(affine, _Affine)
         if rewrite.params["before"] is not None:
             layer = program.node(rewrite.params["before"])
             _assign(program, layer, _folded_before(_layer(program, layer), affine))
@@ -82,7 +84,7 @@ class FoldBatchNorm(Pass):
             _assign(program, layer, _folded_behind(_layer(program, layer), affine))
         edit.bypass(program, norm, cast(fx.Node, norm.args[0]))
 
-    def _layer_before(self, program: Program, norm: fx.Node) -> fx.Node | str:
+    def _layer_before(self, program: Program, norm: fx.Node, affine: _Affine) -> fx.Node | str:
         """The layer whose output `norm` may be folded into, or why there is none."""
         layer, chain = source_behind_identities(program, cast(fx.Node, norm.args[0]))
         kind = program.op(layer)
@@ -94,13 +96,12 @@ class FoldBatchNorm(Pass):
         reason = self._shared(program, layer) or _wrong_axis(program, layer, kind)
         if reason is not None:
             return reason
-        folded = _folded_before(_layer(program, layer), _affine(cast(nn.BatchNorm2d, program.module_of(norm))))
+        folded = _folded_before(_layer(program, layer), affine)
         return layer if folded.finite() else f"the weights of {layer.target} would not be finite"
 
-    def _layers_behind(self, program: Program, norm: fx.Node) -> list[fx.Node] | str:
+    def _layers_behind(self, program: Program, norm: fx.Node, affine: _Affine) -> list[fx.Node] | str:
         """The layers that `norm` may be folded into, all of its users; or why not."""
         layers: list[fx.Node] = []
-        affine = _affine(cast(nn.BatchNorm2d, program.module_of(norm)))
         pending = list(norm.users)
         while pending:
             user = pending.pop(0)
@@ -151,26 +152,12 @@ def _layer(program: Program, node: fx.Node) -> _Layer:
     return cast(_Layer, program.module_of(node))
 
 
-def _unfoldable(program: Program, norm: fx.Node) -> str | None:
-    module = program.module_of(norm)
-    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return "it is a function of computed statistics, not a module"
-    if module.training:
-        return "in training mode: call model.eval() first"
-    if module.running_mean is None or module.running_var is None:
-        return "no running statistics: it normalises by the batch at hand"
-    return None
-
-
-def _affine(norm: nn.modules.batchnorm._BatchNorm) -> _Affine:
-    mean, variance = cast(Tensor, norm.running_mean).double(), cast(Tensor, norm.running_var).double()
-    scale = (variance + norm.eps).rsqrt()
-    if norm.weight is not None:
-        scale = scale * norm.weight.detach().double()
-    shift = -mean * scale
-    if norm.bias is not None:
-        shift = shift + norm.bias.detach().double()
-    return _Affine(scale, shift)
+def _affine(program: Program, norm: fx.Node) -> _Affine | str:
+    """The map that a BatchNorm call computes, or why it is not fixed."""
+    formula = formula_of(program, norm)
+    if not isinstance(formula, Affine):
+        return formula or "it writes in place"
+    return _Affine(cast("Tensor", formula.operands[0][1]), cast("Tensor", formula.shift))
 
 
 def _folded_before(layer: _Layer, affine: _Affine) -> _Folded:

@@ -21,7 +21,11 @@ def report() -> Report:
         name="prune",
         config="prune(ratio=0.5, ignore=['[red]head[/red]'])",
         rewrites=[Rewrite("conv1", "prune 8 of 16", {"keep": [0, 1]})],
-        skips=[Skip("conv2", "output has 2 users"), Skip("conv3", "output has 2 users"), Skip("fc", "ignored [by name]")],
+        skips=[
+            Skip("conv2", "output has 2 users"),
+            Skip("conv3", "output has 2 users"),
+            Skip("fc", "ignored [by name]"),
+        ],
         seconds=1.234,
         before=Cost(2_000_000, 30_000_000, 8_000_000),
         after=Cost(1_000_000, 20_000_000, 4_000_000),
@@ -54,7 +58,7 @@ def test_nan_errors_survive_json() -> None:
 def test_the_table_says_what_was_done_refused_cost_and_gained() -> None:
     text = str(report())
     row = next(line for line in text.splitlines() if "prune(" in line)
-    for part in ("2.00 -> 1.00M", "30.00 -> 20.00M", "8.00 -> 4.00", "1.2e-02", "31"):
+    for part in ("2.00M -> 1.00M", "30.00M -> 20.00M", "8.00M -> 4.00M", "1.2e-02", "31"):
         assert part in row, part
     assert "- prune left alone conv2 and 1 more: output has 2 users" in text
     assert "- prune left alone fc: ignored [by name]" in text

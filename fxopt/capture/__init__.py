@@ -50,12 +50,13 @@ def capture(
     """
     if frontend not in ("auto", "symbolic", "export"):
         raise InputError(f'frontend must be "auto", "symbolic" or "export", not {frontend!r}')
+    _log.info("capturing %s", type(model).__name__)
     subject = _Subject.of(model, example_inputs)
     reasons: list[str] = []
     opaque_choice: Program | None = None
     for name in ("symbolic", "export") if frontend == "auto" else (frontend,):
         try:
-            captured, notes = _trace(name, subject)
+            captured = _trace(name, subject)
             program = _program(name, captured, subject, calibration, target)
             _check_answers(program, subject)
         except CaptureError as error:
@@ -63,7 +64,7 @@ def capture(
             _log.info("capture by %s failed: %s", name, error)
             continue
         program.report.notes += [f"captured by {name}: {'; '.join(reasons)}"] if reasons else []
-        program.report.notes += notes
+        program.report.notes += [note for note in (captured.note, subject.fixed_batch) if note]
         opaque = _opaque(program)
         if frontend == "auto" and name == "symbolic" and opaque:
             opaque_choice = program
@@ -84,7 +85,7 @@ class _Subject(NamedTuple):
     inputs: tuple[torch.Tensor, ...]
     batch: BatchAxis | None
     cases: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]]
-    notes: list[str]
+    fixed_batch: str | None
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> _Subject:
@@ -100,21 +101,19 @@ class _Subject(NamedTuple):
             raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
         cases = [(inputs, answers)]
         batch = _guess_batch(inputs)
-        notes: list[str] = []
+        fixed_batch = None
         if batch is not None:
             other = 3 if batch.size == 2 else 2
             resized = tuple(_resize(item, other) if at in batch.inputs else item for at, item in enumerate(inputs))
             try:
                 cases.append((resized, _answers(private, signature, resized)))
             except Exception as error:  # noqa: BLE001 (a model may refuse in any way; the reason is kept)
-                notes.append(
-                    f"the batch size is fixed at {batch.size}: the model fails on {other} ({_first_line(error)})"
-                )
+                fixed_batch = f"the model takes a batch of {batch.size} and fails on {other} ({_first_line(error)})"
                 batch = None
-        return cls(private, signature, inputs, batch, cases, notes)
+        return cls(private, signature, inputs, batch, cases, fixed_batch)
 
 
-def _trace(name: str, subject: _Subject) -> tuple[Captured, list[str]]:
+def _trace(name: str, subject: _Subject) -> Captured:
     from fxopt.capture.functionalize import functionalize
     from fxopt.capture.raising import raise_to_modules
     from fxopt.capture.standardize import standardize
@@ -130,7 +129,7 @@ def _trace(name: str, subject: _Subject) -> tuple[Captured, list[str]]:
         captured = trace_symbolic(model, subject.signature)
         functionalize(captured.module)
         raise_to_modules(captured.module, training=model.training, original=model)
-    return captured, ([captured.note] if captured.note else []) + subject.notes
+    return captured
 
 
 def _program(
@@ -138,7 +137,7 @@ def _program(
 ) -> Program:
     signature = subject.signature.with_outputs(captured.outputs)
     _check_outputs(captured.module)
-    return Program(
+    program = Program(
         captured.module,
         signature,
         subject.inputs,
@@ -147,6 +146,8 @@ def _program(
         calibration=calibration,
         target=target,
     )
+    program.fixed_batch = subject.fixed_batch if captured.dynamic_batch else captured.note
+    return program
 
 
 def _check_outputs(module: fx.GraphModule) -> None:
@@ -194,8 +195,11 @@ def _private_copy(model: nn.Module) -> nn.Module:
     )
     if lazy is not None:
         raise InputError(f"{lazy} is not initialised yet: call the model once, then capture it")
+    # what a hook computed from parameters (weight_norm of old) is no leaf, and deepcopy refuses it; the hook computes it anew
+    attributes = [value for module in model.modules() for value in vars(module).values()]
+    computed = [value for value in attributes if isinstance(value, torch.Tensor) and value.grad_fn is not None]
     try:
-        return copy.deepcopy(model)
+        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
     except (RuntimeError, TypeError) as error:
         raise CaptureError(f"the model cannot be copied, and fxopt never works on yours: {error}") from error
 

@@ -202,7 +202,9 @@ def test_outputs_of_all_kinds(kind: str, frontend: str) -> None:
     assert_equivalent(model, program, ROW)
 
 
-@pytest.mark.parametrize("kind", ["tuple", "list", "dict", "OrderedDict", "namedtuple", "None and constants", "tuple of one"])
+@pytest.mark.parametrize(
+    "kind", ["tuple", "list", "dict", "OrderedDict", "namedtuple", "None and constants", "tuple of one"]
+)
 def test_outputs_of_all_kinds_by_export(kind: str) -> None:
     program = capture(Nested(kind), ROW, frontend="export")
     assert_equivalent(Nested(kind), program, ROW)
@@ -255,7 +257,9 @@ def test_dtypes_stay(dtype: torch.dtype, frontend: str) -> None:
 
 @pytest.mark.parametrize("frontend", ["symbolic", "export"])
 def test_training_mode_stays(frontend: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)).train()
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5), nn.Flatten(), nn.Linear(144, 3)
+    ).train()
     state = model_state(model)
     program = capture(model, IMAGE, frontend=frontend)  # type: ignore[arg-type]
     assert_untouched(model, state)
@@ -364,7 +368,6 @@ def test_the_older_norms() -> None:
     check(nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 6))).eval(), ROW)
 
 
-@pytest.mark.xfail(reason="capture._private_copy: deepcopy refuses weights that are results of a computation", strict=True)
 def test_the_older_weight_norm_before_its_first_call() -> None:
     with pytest.warns(FutureWarning):
         model = nn.Sequential(nn.utils.weight_norm(nn.Linear(6, 6)), nn.ReLU()).eval()
@@ -526,7 +529,9 @@ def test_a_model_tied_to_its_batch_size_is_captured_with_a_note() -> None:
 
     program = check(Fixed(), IMAGE)
     assert program.batch is None
-    assert any(note.startswith("the batch size is fixed at 2: the model fails on 3") for note in program.report.notes)
+    assert program.fixed_batch is not None
+    assert program.fixed_batch.startswith("the model takes a batch of 2 and fails on 3")
+    assert program.fixed_batch in program.report.notes
 
 
 def test_a_batch_size_that_the_code_burns_in_is_fixed_and_noted() -> None:

@@ -153,12 +153,12 @@ def test_batch_norm_before_two_convolutions_goes_into_both() -> None:
 
 def test_training_mode_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4)).double()
-    assert_skips(FoldBatchNorm(), model, sample(2, 3, 5, 5), ["in training mode: call model.eval() first"])
+    assert_skips(FoldBatchNorm(), model, sample(2, 3, 5, 5), ["1 is in training mode: call model.eval() first"])
 
 
 def test_missing_statistics_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False)).double().eval()
-    why = "no running statistics: it normalises by the batch at hand"
+    why = "1 has no running statistics: it normalises by the batch at hand"
     assert_skips(FoldBatchNorm(), model, sample(2, 3, 5, 5), [why])
 
 
