@@ -182,17 +182,14 @@ def set_tensor(program: Program, node: fx.Node, name: str, value: torch.Tensor |
     program._changed()
 
 
-def insert_tensor(
-    program: Program, anchor: fx.Node, value: torch.Tensor, *, name: str, trains: bool = False
-) -> fx.Node:
+def insert_tensor(program: Program, anchor: fx.Node, value: torch.Tensor, *, name: str) -> fx.Node:
     """Adds a node in front of `anchor` that reads a tensor of the program's own.
 
     Args:
         program: the program to edit.
         anchor: the node in front of which it stands.
-        value: the tensor; held as a parameter if it `trains`, else as a buffer.
+        value: the tensor; an `nn.Parameter` is held as a parameter, with its `requires_grad`, others as a buffer.
         name: suggested path; made unique.
-        trains: whether it is a trainable parameter.
 
     Returns:
         The new `get_attr` node.
@@ -202,8 +199,8 @@ def insert_tensor(
     if owner and not _exists(program._root, owner):
         program._place(owner, nn.Module())
     holder = program._root.get_submodule(owner)
-    if trains:
-        holder.register_parameter(attribute, nn.Parameter(value.detach()))
+    if isinstance(value, nn.Parameter):
+        holder.register_parameter(attribute, nn.Parameter(value.detach(), requires_grad=value.requires_grad))
     else:
         holder.register_buffer(attribute, value.detach())
     with program.graph.inserting_before(anchor):

@@ -225,9 +225,7 @@ def _fold(program: Program, node: fx.Node) -> None:
     stem = str(found.tensors[0].target) if found.tensors else node.name
     tensors = [tensor for item in found.tensors for tensor in held_tensors(program, item)]
     held = value.is_floating_point() and any(isinstance(tensor, nn.Parameter) for tensor in tensors)
-    folded = edit.insert_tensor(program, node, value, name=f"{stem}_folded", trains=held)
-    if held and not found.trained:
-        tensor = program.tensor_of(folded)
-        assert tensor is not None
-        tensor.requires_grad_(False)  # frozen, as what it was computed from
+    if held:
+        value = nn.Parameter(value, requires_grad=bool(found.trained))  # frozen, if all that it was computed from is
+    folded = edit.insert_tensor(program, node, value, name=f"{stem}_folded")
     edit.bypass(program, node, folded)

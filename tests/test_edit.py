@@ -194,11 +194,16 @@ def test_set_tensor_refuses_what_is_not_there(program: Program, node: str, name:
 
 @pytest.mark.parametrize(
     ("name", "trains", "path"),
-    [("extra", False, "extra"), ("conv", False, "conv_1"), ("deep.down.extra", True, "deep.down.extra"), ("scale", True, "scale_1")],
+    [
+        ("extra", False, "extra"),
+        ("conv", False, "conv_1"),
+        ("deep.down.extra", True, "deep.down.extra"),
+        ("scale", True, "scale_1"),
+    ],
 )
 def test_insert_tensor(program: Program, name: str, trains: bool, path: str) -> None:
-    act = program.node("act")
-    reader = edit.insert_tensor(program, program.node("twice"), torch.full((1,), 3.0), name=name, trains=trains)
+    act, value = program.node("act"), torch.full((1,), 3.0)
+    reader = edit.insert_tensor(program, program.node("twice"), nn.Parameter(value) if trains else value, name=name)
     assert reader.target == path
     edit.insert_before(program, program.node("twice"), torch.mul, (act, reader))
     tensors = dict(program.module.named_parameters() if trains else program.module.named_buffers())

@@ -46,6 +46,10 @@ def raise_to_modules(module: fx.GraphModule, *, training: bool, original: nn.Mod
     raising.place(groups)
     for group in groups:
         raising.rewrite(group)
+    for node in reversed(module.graph.nodes):
+        # a tensor whose owner was replaced by a module; lint, which dead-code elimination runs, would miss it
+        if node.op == "get_attr" and not node.users:
+            module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     _keep_used(module, training)
     module.recompile()

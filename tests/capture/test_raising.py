@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Literal
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+import fxopt
 from fxopt.capture.export import trace_export
 from fxopt.capture.raising import raise_to_modules
 from fxopt.program import BatchAxis
@@ -432,3 +434,19 @@ def test_raising_draws_no_random_numbers() -> None:
     before = torch.get_rng_state()
     raise_to_modules(fx.GraphModule(model[0], graph), training=True)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("frontend", ["symbolic", "export"])
+def test_a_parameter_of_an_unusual_name_is_raised_at_its_owner(
+    frontend: Literal["symbolic", "export"],
+) -> None:
+    class Kernel(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kernel = nn.Parameter(torch.randn(4, 3, 3, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return F.conv2d(x, self.kernel)
+
+    program = fxopt.capture(nn.Sequential(Kernel()).eval(), torch.randn(1, 3, 8, 8), frontend=frontend)
+    assert [name for name, _ in program.module.named_parameters()] == ["0.weight"]
