@@ -239,7 +239,7 @@ def test_every_edit_counts_drops_analyses_and_recompiles(
 ) -> None:
     runs: list[int] = []
 
-    def analysis(subject: Program) -> int:
+    def analysis(_: Program) -> int:
         runs.append(1)
         return len(runs)
 

@@ -114,7 +114,7 @@ def run(program: Program, *passes: Pass | str, **options: Any) -> Program:
     return PassManager(list(passes), **options).run(program)
 
 
-# ------------------------------------------------------------------------------------------------------------ exact passes
+# --------------------------------------------------------------------------------------------------------- exact passes
 
 
 def test_an_exact_pass_is_reported(program: Program) -> None:
@@ -288,7 +288,7 @@ def test_a_pass_that_never_comes_to_rest_is_an_error(program: Program) -> None:
         run(program, Forever())
 
 
-# ------------------------------------------------------------------------------------------------------------ lossy passes
+# --------------------------------------------------------------------------------------------------------- lossy passes
 
 
 def test_a_lossy_pass_gets_its_error_measured() -> None:
@@ -326,7 +326,7 @@ def test_a_lossy_pass_that_breaks_the_program_is_rolled_back() -> None:
     assert result.text() == program.text()
 
 
-# ------------------------------------------------------------------------------------------------------ verify="structure"
+# --------------------------------------------------------------------------------------------------- verify="structure"
 
 
 def test_structure_alone_does_not_look_at_values(program: Program) -> None:
@@ -344,7 +344,7 @@ def test_structure_alone_still_finds_what_is_malformed(program: Program, how: st
     assert len(result.report.passes[0].rewrites) == 19
 
 
-# ------------------------------------------------------------------------------------------------------------- bad passes
+# ----------------------------------------------------------------------------------------------------------- bad passes
 
 
 def planning(decide: Any, kind: bool = True) -> Pass:
@@ -367,11 +367,11 @@ def _edits(program: Program) -> list[Rewrite | Skip]:
     return []
 
 
-def _fails(program: Program) -> list[Rewrite | Skip]:
+def _fails(_: Program) -> list[Rewrite | Skip]:
     raise ZeroDivisionError("by zero")
 
 
-def _fails_late(program: Program) -> Iterator[Rewrite | Skip]:
+def _fails_late(_: Program) -> Iterator[Rewrite | Skip]:
     yield Skip("_0", "fine")
     raise ZeroDivisionError("by zero")
 
@@ -381,7 +381,10 @@ def _fails_late(program: Program) -> Iterator[Rewrite | Skip]:
     [
         (_edits, "planning: plan changed the program; only apply may"),
         (lambda _: ["fold"], "planning: plan must give Rewrite or Skip, not 'fold'"),
-        (lambda _: [Rewrite("nothing", "drop")], "planning at nothing: the plan names a node that is not in the program"),
+        (
+            lambda _: [Rewrite("nothing", "drop")],
+            "planning at nothing: the plan names a node that is not in the program",
+        ),
         (lambda _: [Skip("nothing", "no")], "planning at nothing: the plan names a node that is not in the program"),
         (lambda _: [Rewrite("_0", "drop", {"a": {1, 2}})], "planning at _0: params are not JSON: Object of type set"),
         (lambda _: [Rewrite("_0", "drop", {"a": torch.ones(1)})], "planning at _0: params are not JSON"),
@@ -399,14 +402,16 @@ def test_plans_that_break_their_contract_are_refused(program: Program, decide: A
         PassManager([planning(decide)]).explain(program)
 
 
-# --------------------------------------------------------------------------------------------------------------- no match
+# ------------------------------------------------------------------------------------------------------------- no match
 
 
 def test_a_pass_that_changed_nothing_warns(program: Program) -> None:
     program = run(program, DropIdentity())
     with pytest.warns(NoMatchWarning, match="drop_identity changed nothing: _0: a linear layer is no identity"):
         run(program, DropIdentity())
-    with pytest.warns(NoMatchWarning, match=r"scale\(op='conv2d'\) changed nothing: the program has no node it applies to"):
+    with pytest.warns(
+        NoMatchWarning, match=r"scale\(op='conv2d'\) changed nothing: the program has no node it applies to"
+    ):
         run(program, Scale(op="conv2d"))
 
 
@@ -421,7 +426,7 @@ def test_a_pass_that_changed_nothing_may_be_ignored(program: Program) -> None:
     assert result.report.passes[0].max_abs_error is None
 
 
-def test_passes_of_a_pipeline_may_change_nothing_silently(program: Program) -> None:
+def test_passes_of_a_pipeline_may_change_nothing_silently() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", NoMatchWarning)
         result = PassManager("default").run(fxopt.capture(nn.Linear(6, 6), X))
@@ -429,7 +434,7 @@ def test_passes_of_a_pipeline_may_change_nothing_silently(program: Program) -> N
     assert result.report.passes
 
 
-# ------------------------------------------------------------------------------------------------------------------ order
+# ---------------------------------------------------------------------------------------------------------------- order
 
 
 def made(name_: str, **contract: Any) -> Pass:
@@ -459,7 +464,10 @@ PACK = made("pack", requires=["quantized"])
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ([QUANTIZE, PRUNE], "prune cannot run on a program that is 'quantized' already, which quantize made it: put prune before quantize"),
+        (
+            [QUANTIZE, PRUNE],
+            "prune cannot run on a program that is 'quantized' already, which quantize made it: put prune before quantize",
+        ),
         ([QUANTIZE, QUANTIZE], "quantize cannot run on a program that is 'quantized' already"),
         ([PACK, QUANTIZE], "pack requires a program that is 'quantized': put quantize before it"),
         ([PACK], "pack requires a program that is 'quantized': add a pass that provides it"),
@@ -480,7 +488,7 @@ def test_a_right_order_runs_and_its_properties_stay(program: Program) -> None:
         run(result, PRUNE, on_no_match="ignore")
 
 
-# ---------------------------------------------------------------------------------------------------------------- options
+# -------------------------------------------------------------------------------------------------------------- options
 
 
 @pytest.mark.parametrize("option", ["verify", "on_no_match", "on_failure"])

@@ -79,7 +79,9 @@ def test_a_plugin_may_bring_a_pipeline(install: Install) -> None:
 
 def test_a_broken_plugin_is_named_and_skipped_and_the_rest_works(install: Install) -> None:
     install("fxopt_broken", "[fxopt.passes]\nbroken = fxopt_broken:Pass\n", "import no_such_package\n")
-    with pytest.warns(BrokenPluginWarning, match=r"skipped 'broken' of the distribution fxopt_broken .*no_such_package"):
+    with pytest.warns(
+        BrokenPluginWarning, match=r"skipped 'broken' of the distribution fxopt_broken .*no_such_package"
+    ):
         found = registry.passes()
     assert "broken" not in found
     assert "fold_batch_norm" in found

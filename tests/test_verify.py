@@ -23,7 +23,7 @@ def program_of(model: nn.Module, x: torch.Tensor = X) -> Program:
     return fxopt.capture(model, x)
 
 
-# ---------------------------------------------------------------------------------------------------------------- compare
+# -------------------------------------------------------------------------------------------------------------- compare
 
 
 def test_equal_outputs_have_no_difference() -> None:
@@ -85,7 +85,9 @@ def test_a_reference_of_zeros() -> None:
     assert found.sqnr_db == -math.inf
 
 
-@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.bool, torch.uint8, torch.int64, torch.float16, torch.bfloat16, torch.complex64]
+)
 def test_all_dtypes_compare(dtype: torch.dtype) -> None:
     one, other = torch.tensor([1, 0]).to(dtype), torch.tensor([0, 0]).to(dtype)
     assert compare([one], [one.clone()]).within(0.0)
@@ -100,7 +102,7 @@ def test_rounding_is_that_of_the_coarsest_dtype() -> None:
     assert rounding_tolerance([]) == rounding_tolerance([torch.zeros(1, dtype=torch.int64)]) == 1e-4
 
 
-# -------------------------------------------------------------------------------------------------------------- reference
+# ------------------------------------------------------------------------------------------------------------ reference
 
 
 def test_a_reference_has_the_example_and_another_batch_size() -> None:
@@ -163,7 +165,7 @@ def test_seeded_runs_repeat_and_leave_the_global_generator_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# -------------------------------------------------------------------------------------------------------------- structure
+# ------------------------------------------------------------------------------------------------------------ structure
 
 
 def two_layers() -> Program:
@@ -244,7 +246,7 @@ def test_an_old_tensor_that_is_not_finite_is_the_models_own() -> None:
     assert check_structure(program, program.copy()) is None
 
 
-# ----------------------------------------------------------------------------------------------------------------- double
+# --------------------------------------------------------------------------------------------------------------- double
 
 
 def test_the_copy_in_double_is_independent_and_answers_alike() -> None:

@@ -25,7 +25,7 @@ ROW = torch.randn(4, 6, generator=GENERATOR)
 
 
 def check(model: nn.Module, inputs: Any, *, expect: str | None = None, frontend: Any = "auto") -> Program:
-    """Captures, compares with the model in the model's own output structure, and looks whether the model is untouched."""
+    """Captures, compares in the model's own output structure, and looks whether the model is untouched."""
     state = model_state(model)
     program = capture(model, inputs, frontend=frontend)
     assert_equivalent(model, program, inputs)
@@ -39,7 +39,7 @@ def small() -> nn.Module:
     return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 5)).eval()
 
 
-# ----------------------------------------------------------------------------------------------------------------- inputs
+# --------------------------------------------------------------------------------------------------------------- inputs
 
 
 class Many(nn.Module):
@@ -139,7 +139,7 @@ def test_wrong_inputs_are_input_errors(inputs: Any, message: str) -> None:
 
 def test_what_is_no_module_is_an_input_error() -> None:
     for subject in (lambda x: x, small, "resnet18", None):
-        with pytest.raises(InputError, match="model must be an nn.Module, not"):
+        with pytest.raises(InputError, match=r"model must be an nn\.Module, not"):
             capture(subject, IMAGE)  # type: ignore[arg-type]
 
 
@@ -148,7 +148,7 @@ def test_frontends_are_checked() -> None:
         capture(small(), IMAGE, frontend="dynamo")  # type: ignore[arg-type]
 
 
-# ---------------------------------------------------------------------------------------------------------------- outputs
+# -------------------------------------------------------------------------------------------------------------- outputs
 
 
 class Pair(NamedTuple):
@@ -242,7 +242,7 @@ def test_complex_values() -> None:
     check(Spectrum(), ROW)
 
 
-# ---------------------------------------------------------------------------------------------------------- mode and dtype
+# ------------------------------------------------------------------------------------------------------- mode and dtype
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
@@ -304,17 +304,17 @@ def test_the_global_random_state_is_left_alone() -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-# ------------------------------------------------------------------------------------------------------------------ hooks
+# ---------------------------------------------------------------------------------------------------------------- hooks
 
 
 def test_hooks_take_part_and_stay_the_callers_own() -> None:
     calls: list[str] = []
 
-    def double(module: nn.Module, args: Any, output: torch.Tensor) -> torch.Tensor:
+    def double(_module: nn.Module, _args: Any, output: torch.Tensor) -> torch.Tensor:
         calls.append("called")
         return output * 2
 
-    def shift(module: nn.Module, args: Any) -> Any:
+    def shift(_module: nn.Module, args: Any) -> Any:
         return (args[0] + 1,)
 
     model = small()
@@ -339,7 +339,7 @@ def test_removing_a_hook_later_does_not_change_the_program() -> None:
     assert torch.equal(program.run(IMAGE)[0], before)
 
 
-# ------------------------------------------------------------------------------------------------- weights computed in use
+# ---------------------------------------------------------------------------------------------- weights computed in use
 
 
 NORMS: dict[str, Callable[[nn.Module], nn.Module]] = {
@@ -374,7 +374,7 @@ def test_the_older_weight_norm_before_its_first_call() -> None:
     check(model, ROW)
 
 
-# -------------------------------------------------------------------------------------------------------- kinds of modules
+# ----------------------------------------------------------------------------------------------------- kinds of modules
 
 
 def test_tied_weights_stay_tied() -> None:
@@ -425,14 +425,14 @@ def test_a_data_parallel_model_is_captured_as_the_model_in_it() -> None:
 @pytest.mark.filterwarnings("ignore:.*torch.jit.*:FutureWarning", "ignore:.*torch.jit.*:DeprecationWarning")
 def test_a_torchscript_module_is_refused() -> None:
     scripted = torch.jit.trace(small(), IMAGE)
-    with pytest.raises(CaptureError, match="capture the nn.Module it was made from"):
+    with pytest.raises(CaptureError, match=r"capture the nn\.Module it was made from"):
         capture(scripted, IMAGE)
 
 
 @pytest.mark.filterwarnings("ignore:Lazy modules:UserWarning")
 def test_a_lazy_module_must_have_been_called() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
-    with pytest.raises(InputError, match="0.weight is not initialised yet: call the model once"):
+    with pytest.raises(InputError, match=r"0\.weight is not initialised yet: call the model once"):
         capture(model, ROW)
     model(ROW)
     check(model, ROW)
@@ -457,7 +457,7 @@ def test_a_model_without_parameters() -> None:
     assert check(Plain(), ROW).cost().params == 0
 
 
-# --------------------------------------------------------------------------------------------------------------- mutation
+# ------------------------------------------------------------------------------------------------------------- mutation
 
 
 def test_a_model_that_writes_into_its_input() -> None:
@@ -492,7 +492,7 @@ def test_a_buffer_written_in_evaluation_mode_is_private_to_the_program() -> None
     try:
         program = capture(model, ROW)
     except CaptureError as error:
-        assert "count" in str(error)  # refused with a reason is fine; wrong answers are not
+        assert "count" in str(error)  # noqa: PT017 # refused with a reason is fine; wrong answers are not
     else:
         torch.testing.assert_close(program.module(ROW), ROW)
     assert_untouched(model, state)
@@ -519,7 +519,7 @@ def test_a_model_whose_answers_depend_on_its_past_is_refused_or_right() -> None:
     torch.testing.assert_close(program.module(ROW), RunningMean()(ROW))
 
 
-# ------------------------------------------------------------------------------------------------------------------ batch
+# ---------------------------------------------------------------------------------------------------------------- batch
 
 
 def test_a_model_tied_to_its_batch_size_is_captured_with_a_note() -> None:
@@ -563,7 +563,7 @@ def test_the_batch_is_found_in_all_inputs_that_have_it() -> None:
     assert program.batch == ((0, 1), 4)
 
 
-# ----------------------------------------------------------------------------------------------------- choosing a frontend
+# -------------------------------------------------------------------------------------------------- choosing a frontend
 
 
 class Branches(nn.Module):

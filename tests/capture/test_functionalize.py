@@ -46,8 +46,7 @@ def writes(module: fx.GraphModule) -> list[str]:
 def iadd(x: torch.Tensor) -> torch.Tensor:
     # written out: tracing takes `y += 1` for y = y + 1
     y = operator.iadd(x * 1, 1)
-    y = operator.itruediv(operator.isub(operator.imul(y, 2), x), 3)
-    return y
+    return operator.itruediv(operator.isub(operator.imul(y, 2), x), 3)
 
 
 def used_before_and_after(x: torch.Tensor) -> torch.Tensor:
@@ -280,5 +279,5 @@ def test_a_model_that_writes_in_place_is_captured_without(body: Body) -> None:
 
 @pytest.mark.parametrize("body", SHARED)
 def test_in_training_mode_shared_memory_is_refused_with_the_reason(body: Body) -> None:
-    with pytest.raises(CaptureError, match="writes into .*, whose memory .* reads later"):
+    with pytest.raises(CaptureError, match=r"writes into .*, whose memory .* reads later"):
         capture(Model(body).train(), X)

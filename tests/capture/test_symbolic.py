@@ -166,7 +166,14 @@ def test_torch_operator_and_known_functions_are_not_opaque() -> None:
     stochastic_depth = pytest.importorskip("torchvision.ops").stochastic_depth
     graph = fx.Graph()
     x = graph.placeholder("x")
-    for function in (torch.relu, torch.nn.functional.gelu, abs, math.sqrt, stochastic_depth, torch.ops.aten.relu.default):
+    for function in (
+        torch.relu,
+        torch.nn.functional.gelu,
+        abs,
+        math.sqrt,
+        stochastic_depth,
+        torch.ops.aten.relu.default,
+    ):
         graph.call_function(function, (x,))
     graph.output((x,))
     assert opaque_calls(fx.GraphModule(nn.Module(), graph)) == []
