@@ -14,10 +14,10 @@ from torch import nn
 
 from fxopt import artifact
 from fxopt.backend import Backend, Engine, FixedBatchWarning
-from fxopt.capture import Frontend
-from fxopt.capture import capture as _capture
 from fxopt.compare import compare
 from fxopt.errors import BackendError, BackendUnavailable, InputError
+from fxopt.frontends.capture import Frontend
+from fxopt.frontends.capture import capture as _capture
 from fxopt.manager import OnFailure, OnNoMatch, PassManager, Verify
 from fxopt.passes_base import Pass, Plan
 from fxopt.program import Program

@@ -19,9 +19,9 @@ from torch import nn
 
 import fxopt
 from fxopt import registry
-from fxopt.capture import Frontend
 from fxopt.cli_output import Output, one_line, options_of, options_text, summary_of, summary_of_tensor
 from fxopt.errors import FxoptError, InputError
+from fxopt.frontends.capture import Frontend
 from fxopt.input_source import as_example_inputs, gather_inputs, parse_input
 from fxopt.model_source import load_model, load_weights
 from fxopt.passes_base import Plan

@@ -285,11 +285,11 @@ def _prune(module: nn.Module, path: str, called: set[str], read: set[str]) -> bo
 def raise_calls(program: Program) -> None:
     """Raises functional calls whose tensors are parameters by now to modules, at their weight's path if it is free.
 
-    As at capture: see `fxopt.capture.raising`.
+    As at capture: see `fxopt.frontends.raising`.
     """
-    from fxopt.capture.blueprints import blueprint
-    from fxopt.capture.hierarchy import find, install
-    from fxopt.capture.raising import raise_to_modules
+    from fxopt.frontends.blueprints import blueprint
+    from fxopt.frontends.hierarchy import find, install
+    from fxopt.frontends.raising import raise_to_modules
 
     module = program.flat_module()
     for node in module.graph.nodes:

@@ -26,8 +26,8 @@ from torch import nn
 
 from fxopt import edit
 from fxopt.api import Compiled
-from fxopt.capture import Frontend, capture
 from fxopt.compare import compare, rounding_tolerance
+from fxopt.frontends.capture import Frontend, capture
 from fxopt.manager import PassManager
 from fxopt.passes_base import Pass, Plan, Rewrite, Skip
 from fxopt.program import Program

@@ -32,8 +32,8 @@ from fxopt.analysis.constants import Sources, evaluate, held_tensors, needed_con
 from fxopt.analysis.duplicates import values
 from fxopt.analysis.redundancy import PERMUTES, permutation, view_behind
 from fxopt.analysis.shapes import TensorSpec, shapes
-from fxopt.capture.blueprints import blueprint
 from fxopt.errors import PassError
+from fxopt.frontends.blueprints import blueprint
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
 

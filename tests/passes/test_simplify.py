@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxopt
-from fxopt.capture import Frontend
+from fxopt.frontends.capture import Frontend
 from fxopt.passes import Simplify
 from fxopt.passes_base import Skip
 from fxopt.testing import assert_equivalent, assert_pass, assert_skips

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt.capture import capture
-from fxopt.capture.functionalize import functionalize
 from fxopt.errors import CaptureError
+from fxopt.frontends.capture import capture
+from fxopt.frontends.functionalize import functionalize
 from fxopt.ops import resolve
 
 X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -11,10 +11,10 @@ from torch import fx, nn
 from torch.nn.utils import parametrize
 from torch.nn.utils.parametrizations import orthogonal, spectral_norm, weight_norm
 
-from fxopt.capture.attention import Attention
-from fxopt.capture.standardize import standardize
-from fxopt.capture.symbolic import trace_symbolic
 from fxopt.errors import CaptureError
+from fxopt.frontends.attention import Attention
+from fxopt.frontends.standardize import standardize
+from fxopt.frontends.symbolic import trace_symbolic
 from fxopt.sharing import share_module
 from fxopt.signature import Signature
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import fx, nn
 
-from fxopt.capture.captured import Captured
-from fxopt.capture.symbolic import opaque_calls, trace_symbolic
 from fxopt.errors import CaptureError
+from fxopt.frontends.captured import Captured
+from fxopt.frontends.symbolic import opaque_calls, trace_symbolic
 from fxopt.signature import Signature
 
 X = torch.randn(2, 6, generator=torch.Generator().manual_seed(0))

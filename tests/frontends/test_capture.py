@@ -13,9 +13,9 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt.capture import capture
 from fxopt.compare import rounding_tolerance
 from fxopt.errors import CaptureError, InputError
+from fxopt.frontends.capture import capture
 from fxopt.program import Program
 from fxopt.testing import assert_equivalent, assert_untouched, model_state
 

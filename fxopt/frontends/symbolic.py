@@ -14,8 +14,8 @@ import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fxopt.capture.captured import Captured
 from fxopt.errors import CaptureError
+from fxopt.frontends.captured import Captured
 from fxopt.ops import is_known_module, resolve
 from fxopt.sharing import keep_persistence
 from fxopt.signature import Signature

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 import fxopt
-from fxopt.capture.export import trace_export
-from fxopt.capture.raising import raise_to_modules
+from fxopt.frontends.export import trace_export
+from fxopt.frontends.raising import raise_to_modules
 from fxopt.program import BatchAxis
 from fxopt.signature import Signature
 

@@ -10,9 +10,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import fx, nn
 
-from fxopt.capture.captured import Captured
 from fxopt.compare import compare, rounding_tolerance
 from fxopt.errors import CaptureError, InputError
+from fxopt.frontends.captured import Captured
 from fxopt.program import BatchAxis, Program
 from fxopt.sharing import share_module
 from fxopt.signature import Signature
@@ -114,17 +114,17 @@ class _Subject(NamedTuple):
 
 
 def _trace(name: str, subject: _Subject) -> Captured:
-    from fxopt.capture.functionalize import functionalize
-    from fxopt.capture.raising import raise_to_modules
-    from fxopt.capture.standardize import standardize
+    from fxopt.frontends.functionalize import functionalize
+    from fxopt.frontends.raising import raise_to_modules
+    from fxopt.frontends.standardize import standardize
 
     model = standardize(share_module(subject.model))
     if name == "export":
-        from fxopt.capture.export import trace_export
+        from fxopt.frontends.export import trace_export
 
         captured = trace_export(model, subject.signature, subject.inputs, batch=subject.batch)
     else:
-        from fxopt.capture.symbolic import trace_symbolic
+        from fxopt.frontends.symbolic import trace_symbolic
 
         captured = trace_symbolic(model, subject.signature)
         functionalize(captured.module)
@@ -177,7 +177,7 @@ def _check_answers(program: Program, subject: _Subject) -> None:
 
 
 def _opaque(program: Program) -> list[str]:
-    from fxopt.capture.symbolic import opaque_calls
+    from fxopt.frontends.symbolic import opaque_calls
 
     return opaque_calls(program.module)
 
@@ -195,7 +195,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
     )
     if lazy is not None:
         raise InputError(f"{lazy} is not initialised yet: call the model once, then capture it")
-    # what a hook computed from parameters (weight_norm of old) is no leaf, and deepcopy refuses it; the hook computes it anew
+    # what a hook computed from parameters (weight_norm of old) is no leaf: deepcopy refuses it, the hook computes it anew
     attributes = [value for module in model.modules() for value in vars(module).values()]
     computed = [value for value in attributes if isinstance(value, torch.Tensor) and value.grad_fn is not None]
     try:

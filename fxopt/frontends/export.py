@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture.captured import Captured
-from fxopt.capture.functionalize import functionalize
-from fxopt.capture.hierarchy import find, install, is_persistent
-from fxopt.capture.raising import raise_to_modules
 from fxopt.errors import CaptureError
+from fxopt.frontends.captured import Captured
+from fxopt.frontends.functionalize import functionalize
+from fxopt.frontends.hierarchy import find, install, is_persistent
+from fxopt.frontends.raising import raise_to_modules
 from fxopt.program import BatchAxis
 from fxopt.signature import Signature
 from fxopt.structure import Structure, flatten

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxopt.capture.blueprints import Blueprint, blueprint
-from fxopt.capture.hierarchy import find, install
+from fxopt.frontends.blueprints import Blueprint, blueprint
+from fxopt.frontends.hierarchy import find, install
 
 __all__ = ["raise_to_modules"]
 

@@ -13,10 +13,10 @@ from torch import nn
 from torch.fx.graph import CodeGen
 from torch.nn.utils.parametrizations import weight_norm
 
-from fxopt.capture.captured import Captured
-from fxopt.capture.export import trace_export
-from fxopt.capture.standardize import standardize
 from fxopt.errors import CaptureError
+from fxopt.frontends.captured import Captured
+from fxopt.frontends.export import trace_export
+from fxopt.frontends.standardize import standardize
 from fxopt.program import BatchAxis
 from fxopt.signature import Signature
 

@@ -1,7 +1,7 @@
 """Rewrites what hides its computation into modules that tracing can look into, before a model is captured.
 
 - `nn.MultiheadAttention` becomes linears and `scaled_dot_product_attention` (the docstring of
-  `fxopt.capture.attention.Attention` tells where each parameter goes).
+  `fxopt.frontends.attention.Attention` tells where each parameter goes).
 - `nn.Transformer` and its parts become plain layers without fused fast paths; their parameters keep their names.
 - Parametrized tensors (`torch.nn.utils.parametrize`, and the older weight and spectral norm hooks) are computed once
   and become plain parameters, in evaluation mode only: "conv.parametrizations.weight.original0" and its like become
@@ -17,8 +17,8 @@ from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fxopt.capture.attention import Attention
-from fxopt.capture.transformer import TRANSFORMER_PARTS
+from fxopt.frontends.attention import Attention
+from fxopt.frontends.transformer import TRANSFORMER_PARTS
 
 __all__ = ["standardize"]
 

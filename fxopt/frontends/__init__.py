@@ -1,0 +1,1 @@
+"""Frontends: from an `nn.Module` to a `Program`. `capture` chooses between `symbolic` and `export`."""
