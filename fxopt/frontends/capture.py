@@ -195,7 +195,7 @@ def _private_copy(model: nn.Module) -> nn.Module:
     )
     if lazy is not None:
         raise InputError(f"{lazy} is not initialised yet: call the model once, then capture it")
-    # what a hook computed from parameters (weight_norm of old) is no leaf: deepcopy refuses it, the hook computes it anew
+    # what a hook computed from parameters (weight_norm of old) is no leaf: deepcopy refuses it, the hook makes it anew
     attributes = [value for module in model.modules() for value in vars(module).values()]
     computed = [value for value in attributes if isinstance(value, torch.Tensor) and value.grad_fn is not None]
     try:
