@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
@@ -189,6 +189,28 @@ class Program:
         """
         root = copy.deepcopy(self._root) if self.training else self._root
         return run_graph(root, self._graph, [tensor.detach().clone() for tensor in inputs], watch)
+
+    def calibration_inputs(self) -> Iterator[tuple[torch.Tensor, ...]]:
+        """The flat inputs of each calibration batch, for passes that look at data.
+
+        Raises:
+            InputError: if there is no calibration data, no batch in it, or a batch does not fit the model.
+        """
+        if self.calibration is None:
+            raise InputError("this needs data: pass calibration=, an iterable of batches such as a DataLoader")
+        empty = True
+        for index, batch in enumerate(self.calibration):
+            empty = False
+            try:
+                inputs = self.signature.flatten_batch(batch)
+            except InputError as error:
+                raise InputError(f"calibration batch {index}: {error}") from error
+            yield tuple(inputs)
+        if empty:
+            used_up = "; an iterator can be read once only, a list again and again"
+            raise InputError(
+                f"calibration holds no batch{used_up if iter(self.calibration) is self.calibration else ''}"
+            )
 
     def inputs_with_batch(self, size: int | None = None, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
         """Fresh random flat inputs like the example's: same dtypes, devices and value ranges.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,6 +12,7 @@ from torch import nn
 import fxopt
 from fxopt import edit
 from fxopt.errors import InputError
+from fxopt.frontends.capture import capture
 from fxopt.program import Program
 
 
@@ -252,3 +256,30 @@ def test_the_module_can_be_pickled_copied_and_saved_as_a_state_dict(program: Pro
     fresh = model()
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(fresh(image()), program.module(image()))
+
+
+def test_calibration_batches_come_as_flat_inputs() -> None:
+    linear, images = nn.Linear(3, 2).eval(), torch.randn(4, 3)
+    batches = [(images, torch.zeros(4)), images, {"input": images, "label": 1}]
+    program = capture(linear, images, calibration=batches)
+    assert [[tensor is images for tensor in batch] for batch in program.calibration_inputs()] == [[True]] * 3
+
+
+@pytest.mark.parametrize(
+    ("calibration", "message"),
+    [
+        (None, "this needs data: pass calibration="),
+        ([], "calibration holds no batch$"),
+        (iter(()), "calibration holds no batch; an iterator can be read once only"),
+        ([3], "calibration batch 0: a calibration batch must be a tensor"),
+    ],
+)
+def test_calibration_that_is_of_no_use_is_refused(calibration: Iterable[Any] | None, message: str) -> None:
+    program = capture(nn.Linear(3, 2).eval(), torch.randn(4, 3), calibration=calibration)
+    with pytest.raises(InputError, match=message):
+        list(program.calibration_inputs())
+
+
+def test_calibration_that_is_not_iterable_is_refused_at_capture() -> None:
+    with pytest.raises(InputError, match="calibration must be an iterable of batches, not int"):
+        capture(nn.Linear(3, 2).eval(), torch.randn(4, 3), calibration=3)  # type: ignore[arg-type]

@@ -50,6 +50,8 @@ def capture(
     """
     if frontend not in ("auto", "symbolic", "export"):
         raise InputError(f'frontend must be "auto", "symbolic" or "export", not {frontend!r}')
+    if calibration is not None and not isinstance(calibration, Iterable):
+        raise InputError(f"calibration must be an iterable of batches, not {type(calibration).__name__}")
     _log.info("capturing %s", type(model).__name__)
     subject = _Subject.of(model, example_inputs)
     reasons: list[str] = []
