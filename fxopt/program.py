@@ -187,7 +187,9 @@ class Program:
             inputs: flat tensors.
             watch: called with each node and its value.
         """
-        root = copy.deepcopy(self._root) if self.training else self._root
+        # modules in training mode write into their buffers
+        trains = any(module.training for module in self._root.modules())
+        root = copy.deepcopy(self._root) if trains else self._root
         return run_graph(root, self._graph, [tensor.detach().clone() for tensor in inputs], watch)
 
     def calibration_inputs(self) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -207,10 +209,9 @@ class Program:
                 raise InputError(f"calibration batch {index}: {error}") from error
             yield tuple(inputs)
         if empty:
-            used_up = "; an iterator can be read once only, a list again and again"
-            raise InputError(
-                f"calibration holds no batch{used_up if iter(self.calibration) is self.calibration else ''}"
-            )
+            once = iter(self.calibration) is self.calibration
+            advice = "; an iterator can be read once only, a list again and again" if once else ""
+            raise InputError(f"calibration holds no batch{advice}")
 
     def inputs_with_batch(self, size: int | None = None, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
         """Fresh random flat inputs like the example's: same dtypes, devices and value ranges.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -120,14 +119,16 @@ class Report:
         return cls([PassReport.from_json(item) for item in data["passes"]], list(data["notes"]))
 
     def __rich__(self) -> Group:
+        from rich import box
         from rich.console import Group
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(title="fxopt report", title_justify="left")
-        table.add_column("pass", overflow="fold")
-        for heading in ("rewrites", "left alone", "seconds", "params", "MACs", "bytes", "max error", "SQNR dB"):
-            table.add_column(heading, justify="right", no_wrap=True)
+        table = Table(title="fxopt report", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        longest = max((len(item.name) for item in self.passes), default=0)
+        table.add_column("pass", overflow="fold", min_width=min(longest, 15))
+        for heading in ("rewrites", "skips", "seconds", "params", "MACs", "bytes", "max error", "SQNR dB"):
+            table.add_column(heading, justify="right")
         for item in self.passes:
             table.add_row(
                 Text(item.config),
@@ -156,20 +157,21 @@ class Report:
 
 
 def _skip_lines(skips: list[Skip]) -> list[str]:
-    """One line per reason, with how often it was given and the first node."""
-    count = Counter(skip.why for skip in skips)
-    first = {skip.why: skip.node for skip in reversed(skips)}
+    """One line per kind of reason: whole if it was given once, else with how often and the first node."""
+    groups: dict[str, list[Skip]] = {}
+    for skip in skips:
+        groups.setdefault(skip.why.partition(": ")[0], []).append(skip)
     return [
-        f"{first[why]}: {why}" if times == 1 else f"{first[why]} and {times - 1} more: {why}"
-        for why, times in count.most_common()
+        str(group[0]) if len(group) == 1 else f"{group[0].node} and {len(group) - 1} more: {kind}"
+        for kind, group in sorted(groups.items(), key=lambda item: -len(item[1]))
     ]
 
 
 def _change(before: int, after: int) -> str:
     """A count, or how it changed, in the unit that suits what it was."""
     unit, suffix = next(((size, name) for size, name in _UNITS if before >= size), (1, ""))
-    texts = [f"{count / unit:.2f}{suffix}" if suffix else str(count) for count in (before, after)]
-    return texts[1] if before == after else f"{texts[0]} -> {texts[1]}"
+    old, new = (f"{count / unit:.2f}" if suffix else str(count) for count in (before, after))
+    return new + suffix if before == after else f"{old} -> {new}{suffix}"
 
 
 def _json_number(value: float | None) -> float | str | None:

@@ -60,10 +60,12 @@ class Reference(NamedTuple):
 
 
 def other_batch_size(program: Program) -> int | None:
-    """A batch size other than the example's; None if the batch is fixed."""
+    """A batch size other than the example's, larger where a sample holds few numbers; None if the batch is fixed."""
     if program.batch is None:
         return None
-    return 3 if program.batch.size == 2 else 2
+    numbers = sum(program.example_inputs[index][0].numel() for index in program.batch.inputs)
+    size = min(8, max(2, 256 // max(1, numbers)))
+    return size if size != program.batch.size else size + 1
 
 
 def seeded_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -58,13 +58,13 @@ def test_nan_errors_survive_json() -> None:
 def test_the_table_says_what_was_done_refused_cost_and_gained() -> None:
     text = str(report())
     row = next(line for line in text.splitlines() if "prune(" in line)
-    for part in ("2.00M -> 1.00M", "30.00M -> 20.00M", "8.00M -> 4.00M", "1.2e-02", "31"):
+    for part in ("2.00 -> 1.00M", "30.00 -> 20.00M", "8.00 -> 4.00M", "1.2e-02", "31"):
         assert part in row, part
     assert "- prune left alone conv2 and 1 more: output has 2 users" in text
     assert "- prune left alone fc: ignored [by name]" in text
     assert "- prune: took a guess" in text
     assert "- captured by export: symbolic failed" in text
-    assert "[red]head[/red]" in text.replace("\n", "").replace("│", "").replace(" ", "")
+    assert "[red]head[/red]" in text.replace("\n", "").replace(" ", "")
     assert "inf" in next(line for line in text.splitlines() if "fold" in line)
     assert repr(report()) == text
     assert "\x1b" not in text
@@ -100,10 +100,10 @@ def test_a_real_run_gives_a_real_report() -> None:
     assert "fold_batch_norm left alone _3: " in str(program.report)
 
 
-@pytest.mark.parametrize("width", [120, 200])
+@pytest.mark.parametrize("width", [80, 120, 200])
 def test_the_table_prints_at_usual_widths(width: int) -> None:
     stream = io.StringIO()
     Console(file=stream, width=width, no_color=True).print(report())
     assert max(map(len, stream.getvalue().splitlines())) <= width
-    first = [line.split("│")[1].strip() for line in stream.getvalue().splitlines() if line.startswith("│")]
-    assert {"fold", "idle", "odd"} <= set(first)
+    first = {line.split(maxsplit=1)[0] for line in stream.getvalue().splitlines() if line.strip()}
+    assert {"fold", "idle", "odd"} <= first

@@ -107,15 +107,17 @@ def test_rounding_is_that_of_the_coarsest_dtype() -> None:
 
 def test_a_reference_has_the_example_and_another_batch_size() -> None:
     reference = Reference.of(program_of(nn.Linear(3, 2)))
-    assert [inputs[0].shape[0] for inputs in reference.cases] == [4, 2]
-    assert [outputs[0].shape for outputs in reference.outputs] == [(4, 2), (2, 2)]
+    assert [inputs[0].shape[0] for inputs in reference.cases] == [4, 8]
+    assert [outputs[0].shape for outputs in reference.outputs] == [(4, 2), (8, 2)]
     assert reference.tolerance == 1e-4
     assert reference.notes == ()
 
 
-@pytest.mark.parametrize(("size", "other"), [(1, 2), (2, 3), (3, 2), (8, 2)])
-def test_the_other_batch_size_is_another(size: int, other: int) -> None:
-    assert other_batch_size(program_of(nn.Linear(3, 2), torch.zeros(size, 3))) == other
+@pytest.mark.parametrize(
+    ("size", "width", "other"), [(1, 300, 2), (2, 300, 3), (3, 300, 2), (1, 3, 8), (8, 3, 9), (1, 64, 4)]
+)
+def test_the_other_batch_size_is_another_and_larger_for_small_samples(size: int, width: int, other: int) -> None:
+    assert other_batch_size(program_of(nn.Linear(width, 2), torch.zeros(size, width))) == other
 
 
 def test_a_fixed_batch_stays() -> None:

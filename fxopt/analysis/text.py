@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxopt.analysis.shapes import TensorSpec, shapes
 
@@ -48,9 +48,17 @@ def _line(program: Program, node: fx.Node, spec: Any) -> str:
     where = config = ""
     module = program.module_of(node)
     if module is not None:
-        where, text = f"[{node.target}]", module.extra_repr()
+        where, text = f"[{node.target}]", _config(module)
         config = f" {{{text}}}" if text else ""
     return f"%{node.name} = {operator}{where}({', '.join(arguments)}){config}{kind}"
+
+
+def _config(module: nn.Module) -> str:
+    """The module's own configuration; for BatchNorm the same with every torch, some of which print more than others."""
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return module.extra_repr()
+    names = ("eps", "momentum", "affine", "track_running_stats")
+    return ", ".join([str(module.num_features), *(f"{name}={getattr(module, name)}" for name in names)])
 
 
 def _spec_text(spec: Any) -> str:

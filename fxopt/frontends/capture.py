@@ -101,6 +101,8 @@ class _Subject(NamedTuple):
             raise
         except Exception as error:  # the model's own code refuses the inputs in its own way
             raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
+        if not answers:
+            raise InputError("the model returns no tensor: there is nothing to compile")
         cases = [(inputs, answers)]
         batch = _guess_batch(inputs)
         fixed_batch = None

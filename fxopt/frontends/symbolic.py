@@ -100,13 +100,15 @@ def _writes_undone(model: nn.Module) -> Iterator[list[str]]:
     """
     before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()}
     written: list[str] = []
-    yield written
-    with torch.no_grad():
-        for name, (buffer, version, value) in before.items():
-            if buffer._version != version:
-                buffer.copy_(value)
-                if not name.endswith("num_batches_tracked"):
-                    written.append(name)
+    try:
+        yield written
+    finally:
+        with torch.no_grad():
+            for name, (buffer, version, value) in before.items():
+                if buffer._version != version:
+                    buffer.copy_(value)
+                    if not name.endswith("num_batches_tracked"):
+                        written.append(name)
 
 
 def _drop_assertions(module: fx.GraphModule) -> None:

@@ -49,7 +49,7 @@ def test_golden() -> None:
         before="""
             %input_1 = input : f32[1, 3, 6, 6]
             %_0 = conv2d[0](%input_1) {3, 4, kernel_size=(3, 3), stride=(1, 1), bias=False} : f32[1, 4, 4, 4]
-            %_1 = batch_norm[1](%_0) {4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True} : f32[1, 4, 4, 4]
+            %_1 = batch_norm[1](%_0) {4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True} : f32[1, 4, 4, 4]
             %_2 = relu[2](%_1) : f32[1, 4, 4, 4]
             return (%_2,)
         """,  # noqa: E501 (golden text)

@@ -77,7 +77,7 @@ def test_golden() -> None:
             nn.BatchNorm2d(4),
         )
     )
-    norm = "{4, eps=1e-05, momentum=0.1, affine=True, bias=True, track_running_stats=True} : f32[1, 4, 6, 6]"
+    norm = "{4, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True} : f32[1, 4, 6, 6]"
     small = "{4, 4, kernel_size=(1, 1), stride=(1, 1), bias=False} : f32[1, 4, 6, 6]"
     large = "{4, 4, kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), bias=False} : f32[1, 4, 6, 6]"
     program = assert_pass(
