@@ -34,7 +34,8 @@ def test_text_is_one_line_per_node(program: Program) -> None:
     assert program.text().splitlines() == [
         "%input_1 = input : f32[2, 3, 6, 6]",
         "%_0 = conv2d[0](%input_1) {3, 8, kernel_size=(3, 3), stride=(1, 1)} : f32[2, 8, 4, 4]",
-        "%_1 = batch_norm[1](%_0) {8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True} : f32[2, 8, 4, 4]",
+        "%_1 = batch_norm[1](%_0) {8, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True} "
+        ": f32[2, 8, 4, 4]",
         "%_2 = relu[2](%_1) : f32[2, 8, 4, 4]",
         "%_3 = flatten[3](%_2) {start_dim=1, end_dim=-1} : f32[2, 128]",
         "%_4 = linear[4](%_3) {in_features=128, out_features=5, bias=True} : f32[2, 5]",
