@@ -15,7 +15,7 @@ from torch import fx, nn
 
 from fxopt.errors import InputError
 from fxopt.program import Program
-from fxopt.sharing import share_module
+from fxopt.sharing import share_module, without_graph
 
 __all__ = [
     "bypass",
@@ -302,5 +302,5 @@ def raise_calls(program: Program) -> None:
                 for other in module.graph.find_nodes(op="get_attr", target=item.target):
                     other.target = path
     raise_to_modules(module, training=program.training)
-    program._root, program._graph, program._modules_by_path = share_module(module), module.graph, {}
+    program._root, program._graph, program._modules_by_path = without_graph(module), module.graph, {}
     program._changed()

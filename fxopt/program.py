@@ -15,7 +15,7 @@ from fxopt.errors import InputError
 from fxopt.interpret import Watch, run_graph
 from fxopt.ops import Call, resolve
 from fxopt.report import Cost, Report
-from fxopt.sharing import keep_persistence, share_module
+from fxopt.sharing import keep_persistence, share_module, without_graph
 from fxopt.signature import Signature
 from fxopt.target import Target
 
@@ -61,7 +61,7 @@ class Program:
         calibration: Iterable[Any] | None = None,
         target: Target | None = None,
     ) -> None:
-        self._root = share_module(module)
+        self._root = without_graph(module)
         self._graph = _copy_graph(module.graph)
         self._module: fx.GraphModule | None = None
         self._modules_by_path: dict[str, nn.Module] = {}

@@ -6,20 +6,20 @@ import copy
 
 from torch import fx, nn
 
-__all__ = ["keep_persistence", "share_module"]
+__all__ = ["keep_persistence", "share_module", "without_graph"]
 
 
 def share_module(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
     """A copy of a tree of modules: new module objects, the same parameter and buffer objects.
 
     Args:
-        module: the root; an `fx.GraphModule` becomes a plain module without its graph.
+        module: the root.
         memo: copies made so far by identity, so that a module used twice stays one module.
     """
     memo = {} if memo is None else memo
     if id(module) in memo:
         return memo[id(module)]
-    clone = nn.Module.__new__(nn.Module if isinstance(module, fx.GraphModule) else type(module))
+    clone: nn.Module = object.__new__(type(module))
     memo[id(module)] = clone
     for name, value in module.__dict__.items():
         # containers are copied, so that an assignment to the copy never shows in the original
@@ -28,6 +28,18 @@ def share_module(module: nn.Module, memo: dict[int, nn.Module] | None = None) ->
         name: None if child is None else share_module(child, memo) for name, child in module._modules.items()
     }
     return clone
+
+
+def without_graph(module: fx.GraphModule) -> nn.Module:
+    """What a graph is over: a plain module with copies of the graph module's children, sharing all tensors."""
+    root = nn.Module()
+    root.training = module.training
+    for name in ("_parameters", "_buffers", "_non_persistent_buffers_set"):
+        root.__dict__[name] = copy.copy(module.__dict__[name])
+    memo: dict[int, nn.Module] = {}
+    for name, child in module._modules.items():
+        root.add_module(name, None if child is None else share_module(child, memo))
+    return root
 
 
 def keep_persistence(copied: nn.Module, original: nn.Module) -> None:
