@@ -15,6 +15,11 @@ FxoptError
 from __future__ import annotations
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, or its class where it has none: what fits into another message."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 class FxoptError(Exception):
     """Base of all errors raised by fxopt on purpose."""
 
