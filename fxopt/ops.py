@@ -20,7 +20,13 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-__all__ = ["Call", "Operator", "is_known_module", "operators", "resolve"]
+__all__ = ["DROPOUTS", "MODE_DEPENDENT", "Call", "Operator", "is_known_module", "operators", "resolve"]
+
+DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
+"""Operators that draw random zeros in training and hand their input on otherwise."""
+
+MODE_DEPENDENT = DROPOUTS | {"batch_norm", "instance_norm", "lstm", "gru", "rnn", "multi_head_attention"}
+"""Operators that are random, or update statistics, in training only."""
 
 _CONV = "input weight bias stride padding dilation groups"
 _CONV_TRANSPOSE = "input weight bias stride padding output_padding groups dilation"

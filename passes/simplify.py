@@ -34,12 +34,12 @@ from fxopt.analysis.redundancy import PERMUTES, permutation, view_behind
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.errors import PassError
 from fxopt.frontends.blueprints import blueprint
+from fxopt.ops import DROPOUTS
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
 
 _LARGEST_GROWTH = 2**20  # bytes
 _RESHAPES = frozenset({"view", "reshape", "flatten"})
-_DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +148,7 @@ class _Planning:
         return chain
 
     def _dropping(self, node: fx.Node) -> list[Skip]:
-        return [Skip(node.name, "drops in training mode")] if self.program.op(node) in _DROPOUTS else []
+        return [Skip(node.name, "drops in training mode")] if self.program.op(node) in DROPOUTS else []
 
     def _constant(self, node: fx.Node) -> Rewrite | Skip:
         reason = self._keeps(node)

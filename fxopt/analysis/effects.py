@@ -13,16 +13,13 @@ import torch
 from torch import fx
 
 from fxopt.analysis.identities import is_identity
-from fxopt.ops import Call
+from fxopt.ops import DROPOUTS, MODE_DEPENDENT, Call
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
 __all__ = ["is_pure"]
 
-_DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
-# Their behaviour in training is random, or updates statistics.
-_MODE_DEPENDENT = frozenset({"batch_norm", "instance_norm", "lstm", "gru", "rnn", "multi_head_attention"})
 _BUILTINS = frozenset({int, float, bool, len, max, min, abs})
 
 
@@ -38,14 +35,14 @@ def is_pure(program: Program, node: fx.Node) -> bool:
         return True
     if call.op.startswith("unknown:"):
         return _is_pure_target(node)
-    if call.op in _MODE_DEPENDENT:
+    if call.op in DROPOUTS:
+        return is_identity(program, node)
+    if call.op in MODE_DEPENDENT:
         return _keeps_no_statistics(call) or _evaluates(call)
     if call.op == "embedding":
         limit = call.arguments.get("max_norm") if call.module is None else call.module.max_norm
         return limit is None
-    if call.op == "scaled_dot_product_attention":
-        return bool(call.arguments.get("dropout_p", 0.0) == 0.0)
-    return call.op not in _DROPOUTS or is_identity(program, node)
+    return call.op != "scaled_dot_product_attention" or bool(call.arguments.get("dropout_p", 0.0) == 0.0)
 
 
 def _keeps_no_statistics(call: Call) -> bool:

@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING
 
 from torch import fx
 
+from fxopt.ops import DROPOUTS
+
 if TYPE_CHECKING:
     from fxopt.program import Program
 
 __all__ = ["is_identity", "source_behind_identities"]
-
-_DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
 
 
 def is_identity(program: Program, node: fx.Node) -> bool:
@@ -19,7 +19,7 @@ def is_identity(program: Program, node: fx.Node) -> bool:
     call = program.call(node)
     if call.op == "identity":
         return True
-    if call.op not in _DROPOUTS:
+    if call.op not in DROPOUTS:
         return False
     if call.module is not None:
         return not call.module.training or _probability(call.module) == 0
