@@ -18,7 +18,8 @@ class Difference(NamedTuple):
 
     Attributes:
         max_abs: largest absolute difference.
-        relative: largest absolute difference of an output over the largest magnitude of its reference.
+        relative: largest absolute difference of an output over the largest magnitude of its reference; for whole
+            numbers and flags the share of those that differ.
         sqnr_db: signal to quantization noise ratio, 10 log10(sum r^2 / sum (r - o)^2), in decibel.
         cosine: cosine similarity.
         mismatch: what cannot be compared at all (shape, dtype, NaN where there was none); "" if nothing.
@@ -77,6 +78,8 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor, index: int) -> Differ
         return incomparable(f"output {index} is {actual.dtype} instead of {expected.dtype}")
     wide = torch.complex128 if expected.is_complex() else torch.float64
     left, right = expected.detach().cpu().to(wide), actual.detach().cpu().to(wide)
+    if not (expected.is_floating_point() or expected.is_complex()):
+        return _compare_exactly(left, right)
     finite = torch.isfinite(left)
     odd_left, odd_right = left[~finite], right[~finite]
     if not torch.equal(torch.nan_to_num(odd_left, nan=0.5), torch.nan_to_num(odd_right, nan=0.5)):
@@ -96,6 +99,14 @@ def _compare(expected: torch.Tensor, actual: torch.Tensor, index: int) -> Differ
         math.inf if noise == 0 else (10 * math.log10(signal / noise) if signal else -math.inf),
         float((left * right.conj()).sum().real) / norms if norms else 1.0,
     )
+
+
+def _compare_exactly(left: torch.Tensor, right: torch.Tensor) -> Difference:
+    """Numbers that are not rounded (indices, classes, flags): relative is the share of those that differ."""
+    wrong = left != right
+    share = float(wrong.double().mean()) if left.numel() else 0.0
+    max_abs = float((left - right).abs().max()) if left.numel() else 0.0
+    return Difference(max_abs, share, -math.inf if share else math.inf, 1.0 - share)
 
 
 def incomparable(why: str) -> Difference:

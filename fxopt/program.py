@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeVar, cast
 
@@ -15,7 +14,7 @@ from fxopt.errors import InputError
 from fxopt.interpret import Watch, run_graph
 from fxopt.ops import Call, resolve
 from fxopt.report import Cost, Report
-from fxopt.sharing import keep_persistence, share_module, without_graph
+from fxopt.sharing import buffers_restored, keep_persistence, share_module, without_graph
 from fxopt.signature import Signature
 from fxopt.target import Target
 
@@ -187,10 +186,8 @@ class Program:
             inputs: flat tensors.
             watch: called with each node and its value.
         """
-        # modules in training mode write into their buffers
-        trains = any(module.training for module in self._root.modules())
-        root = copy.deepcopy(self._root) if trains else self._root
-        return run_graph(root, self._graph, [tensor.detach().clone() for tensor in inputs], watch)
+        with buffers_restored(self._root):
+            return run_graph(self._root, self._graph, [tensor.detach().clone() for tensor in inputs], watch)
 
     def calibration_inputs(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """The flat inputs of each calibration batch, for passes that look at data.

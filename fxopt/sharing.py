@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import torch
 from torch import fx, nn
 
-__all__ = ["keep_persistence", "share_module", "without_graph"]
+__all__ = ["buffers_restored", "keep_persistence", "share_module", "without_graph"]
 
 
 def share_module(module: nn.Module, memo: dict[int, nn.Module] | None = None) -> nn.Module:
@@ -40,6 +43,23 @@ def without_graph(module: fx.GraphModule) -> nn.Module:
     for name, child in module._modules.items():
         root.add_module(name, None if child is None else share_module(child, memo))
     return root
+
+
+@contextmanager
+def buffers_restored(module: nn.Module) -> Iterator[list[str]]:
+    """Undoes what a block writes into the buffers of a module; names those written, once the block is left."""
+    buffers = {name: item for name, item in module.named_buffers() if not item.is_inference()}
+    before = {name: buffer.clone() for name, buffer in buffers.items()}
+    written: list[str] = []
+    try:
+        yield written
+    finally:
+        with torch.no_grad():
+            for name, value in before.items():
+                # by value: BatchNorm's kernel writes its statistics without counting a version
+                if not ((buffers[name] == value) | (value != value)).all():
+                    buffers[name].copy_(value)
+                    written.append(name)
 
 
 def keep_persistence(copied: nn.Module, original: nn.Module) -> None:

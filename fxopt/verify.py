@@ -10,7 +10,9 @@ import torch
 
 from fxopt.analysis.shapes import record_shapes, shapes
 from fxopt.compare import Difference, compare, incomparable, rounding_tolerance, worst
+from fxopt.errors import first_line
 from fxopt.program import Program
+from fxopt.randomness import fixed_random_state
 
 __all__ = ["Reference", "check_shapes", "check_structure", "in_double", "other_batch_size", "seeded_run"]
 
@@ -40,7 +42,7 @@ class Reference(NamedTuple):
         try:
             return cls((program.example_inputs, fresh), (outputs, seeded_run(program, fresh)), tolerance)
         except Exception as error:  # noqa: BLE001 (a model may refuse values in any way of its own: the reason is kept)
-            note = f"random inputs were not tried: the model refuses them ({_first_line(error)})"
+            note = f"random inputs were not tried: the model refuses them ({first_line(error)})"
             return cls((program.example_inputs,), (outputs,), tolerance, (note,))
 
     def after(self, program: Program) -> Reference:
@@ -54,7 +56,7 @@ class Reference(NamedTuple):
             try:
                 outputs = seeded_run(program, inputs)
             except Exception as error:  # noqa: BLE001 (operators refuse operands in their own ways: the reason is kept)
-                return incomparable(f"an operator refuses its operands: {_first_line(error)}")
+                return incomparable(f"an operator refuses its operands: {first_line(error)}")
             found.append(compare(expected, outputs))
         return worst(found)
 
@@ -70,8 +72,7 @@ def other_batch_size(program: Program) -> int | None:
 
 def seeded_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
     """Runs the program with a fixed random state, so that two runs in training mode can be compared."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with fixed_random_state():
         return record_shapes(program) if inputs is program.example_inputs else program.run(*inputs)
 
 
@@ -88,7 +89,7 @@ def check_shapes(before: Program, after: Program) -> str | None:
     try:
         known = after.analysis(shapes)
     except Exception as error:  # noqa: BLE001 (operators refuse operands in their own ways: the reason is kept)
-        return f"an operator refuses its operands: {_first_line(error)}"
+        return f"an operator refuses its operands: {first_line(error)}"
     expected = before.analysis(shapes)[_output(before)]
     if known[_output(after)] != expected:
         return f"the outputs became {known[_output(after)]}, they were {expected}"
@@ -128,7 +129,3 @@ def _inputs(program: Program) -> list[str]:
 
 def _output(program: Program) -> str:
     return program.nodes[-1].name
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -211,3 +212,28 @@ def test_no_match_is_warned_raised_or_ignored() -> None:
         fxopt.optimize(plain, x, "fold_batch_norm", on_no_match="error")
     fxopt.optimize(plain, x, "fold_batch_norm", on_no_match="ignore")
     fxopt.compile(plain, x, backend="eager")
+
+
+def test_an_eager_engine_that_trains_starts_where_the_model_is() -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5), nn.Dropout())
+    compiled = fxopt.compile(model, torch.randn(4, 3), passes=[], backend="eager")
+    expected = copy.deepcopy(model)
+    x = torch.randn(4, 3)
+    torch.manual_seed(0)
+    y = expected(x)
+    torch.manual_seed(0)
+    assert torch.equal(compiled(x), y)
+
+
+def test_a_dropout_that_is_never_switched_off_is_refused_by_engines_for_inference() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.dropout(x)
+
+    with pytest.raises(BackendError, match="never switches off"):
+        fxopt.compile(Noisy().eval(), torch.randn(4, 3), passes=[])
+
+
+def test_a_target_must_be_a_target() -> None:
+    with pytest.raises(InputError, match=r"target must be a fxopt\.Target"):
+        fxopt.compile(nn.Linear(3, 3), torch.randn(4, 3), target="cpu")  # type: ignore[arg-type]

@@ -11,12 +11,13 @@ import torch
 from torch import fx, nn
 
 from fxopt.compare import compare, rounding_tolerance
-from fxopt.errors import CaptureError, InputError
+from fxopt.errors import CaptureError, InputError, first_line
 from fxopt.frontends.captured import Captured
 from fxopt.program import BatchAxis, Program
-from fxopt.sharing import share_module
+from fxopt.randomness import fixed_random_state
+from fxopt.sharing import buffers_restored, share_module
 from fxopt.signature import Signature
-from fxopt.structure import flatten
+from fxopt.structure import Structure, flatten
 from fxopt.target import Target
 
 __all__ = ["Frontend", "capture"]
@@ -53,17 +54,34 @@ def capture(
     if calibration is not None and not isinstance(calibration, Iterable):
         raise InputError(f"calibration must be an iterable of batches, not {type(calibration).__name__}")
     _log.info("capturing %s", type(model).__name__)
+    if not isinstance(target, Target | None):
+        raise InputError(f"target must be a fxopt.Target, such as Target.detect(), not {target!r}")
+    with torch.inference_mode(False), fixed_random_state(), buffers_restored(_checked(model)):
+        return _capture(model, example_inputs, frontend, calibration, target)
+
+
+def _capture(
+    model: nn.Module, example_inputs: Any, frontend: Frontend, calibration: Iterable[Any] | None, target: Target | None
+) -> Program:
     subject = _Subject.of(model, example_inputs)
     reasons: list[str] = []
     opaque_choice: Program | None = None
-    for name in ("symbolic", "export") if frontend == "auto" else (frontend,):
+    names: list[str] = ["symbolic", "export"] if frontend == "auto" else [frontend]
+    while names:
+        name = names.pop(0)
         try:
             captured = _trace(name, subject)
             program = _program(name, captured, subject, calibration, target)
+            _check_private(program, model)
             _check_answers(program, subject)
         except CaptureError as error:
             reasons.append(f"{name}: {error}")
             _log.info("capture by %s failed: %s", name, error)
+            if name == "export" and subject.batch is not None:
+                # what depends on the batch size in a way that a free one cannot express holds for the example's
+                fixed = f"the batch size is {subject.batch.size} as in the example: {error}"
+                subject = subject._replace(batch=None, cases=subject.cases[:1], fixed_batch=fixed)
+                names.insert(0, name)
             continue
         program.report.notes += [f"captured by {name}: {'; '.join(reasons)}"] if reasons else []
         program.report.notes += [note for note in (captured.note, subject.fixed_batch) if note]
@@ -84,6 +102,7 @@ class _Subject(NamedTuple):
 
     model: nn.Module
     signature: Signature
+    outputs: Structure
     inputs: tuple[torch.Tensor, ...]
     batch: BatchAxis | None
     cases: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]]
@@ -96,7 +115,7 @@ class _Subject(NamedTuple):
         _check_devices(private, inputs)
         inputs = tuple(tensor.detach() for tensor in inputs)
         try:
-            answers = _answers(private, signature, inputs)
+            answers, outputs = _answers(private, signature, inputs)
         except InputError:
             raise
         except Exception as error:  # the model's own code refuses the inputs in its own way
@@ -110,11 +129,11 @@ class _Subject(NamedTuple):
             other = 3 if batch.size == 2 else 2
             resized = tuple(_resize(item, other) if at in batch.inputs else item for at, item in enumerate(inputs))
             try:
-                cases.append((resized, _answers(private, signature, resized)))
+                cases.append((resized, _answers(private, signature, resized)[0]))
             except Exception as error:  # noqa: BLE001 (a model may refuse in any way; the reason is kept)
-                fixed_batch = f"the model takes a batch of {batch.size} and fails on {other} ({_first_line(error)})"
+                fixed_batch = f"the model takes a batch of {batch.size} and fails on {other} ({first_line(error)})"
                 batch = None
-        return cls(private, signature, inputs, batch, cases, fixed_batch)
+        return cls(private, signature, outputs, inputs, batch, cases, fixed_batch)
 
 
 def _trace(name: str, subject: _Subject) -> Captured:
@@ -140,7 +159,7 @@ def _program(
     name: str, captured: Captured, subject: _Subject, calibration: Iterable[Any] | None, target: Target | None
 ) -> Program:
     signature = subject.signature.with_outputs(captured.outputs)
-    _check_outputs(captured.module)
+    _check_outputs(captured, subject)
     program = Program(
         captured.module,
         signature,
@@ -154,10 +173,24 @@ def _program(
     return program
 
 
-def _check_outputs(module: fx.GraphModule) -> None:
-    output = next(node for node in reversed(module.graph.nodes) if node.op == "output")
+def _check_outputs(captured: Captured, subject: _Subject) -> None:
+    """The captured outputs must be tensors, nested as the model nests them, with the same constants between them."""
+    output = next(node for node in reversed(captured.module.graph.nodes) if node.op == "output")
     if not isinstance(output.args[0], tuple | list) or not all(isinstance(item, fx.Node) for item in output.args[0]):
         raise CaptureError(f"the outputs are not all tensors computed from the inputs: {output.args[0]!r}")
+    if captured.outputs.to_json() != subject.outputs.to_json():
+        raise CaptureError("among the outputs is a number that depends on the sizes or values of the inputs")
+
+
+def _check_private(program: Program, model: nn.Module) -> None:
+    """Nothing in the program may be the caller's: a replaced `forward` or a hook can reach around the copy."""
+    own = {tensor.data_ptr() for tensor in (*model.parameters(), *model.buffers()) if tensor.numel()}
+    for name, tensor in (*program.module.named_parameters(), *program.module.named_buffers()):
+        if tensor.numel() and tensor.data_ptr() in own:
+            raise CaptureError(
+                f"{name} of the program is your model's own tensor: a replaced forward, or a hook, refers to the model "
+                "itself and not to its argument"
+            )
 
 
 def _check_answers(program: Program, subject: _Subject) -> None:
@@ -170,7 +203,7 @@ def _check_answers(program: Program, subject: _Subject) -> None:
             outputs = seeded_run(program, inputs)
         except Exception as error:  # burnt-in sizes make operators fail in their own ways
             raise CaptureError(
-                f"the captured graph fails on a batch of {_batch_size(inputs)}: {_first_line(error)}"
+                f"the captured graph fails on a batch of {_batch_size(inputs)}: {first_line(error)}"
             ) from error
         difference = compare(expected, outputs)
         tolerance = rounding_tolerance((*subject.model.parameters(), *expected)) / 10
@@ -186,7 +219,13 @@ def _opaque(program: Program) -> list[str]:
     return opaque_calls(program.module)
 
 
-def _private_copy(model: nn.Module) -> nn.Module:
+def _checked(model: nn.Module) -> nn.Module:
+    """The module that is meant: what `torch.compile` and data parallelism wrap is looked into.
+
+    Raises:
+        InputError: if it is no module, or not initialised.
+        CaptureError: if it holds no Python code.
+    """
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("a TorchScript module holds no Python code to trace: capture the nn.Module it was made from")
     if not isinstance(model, nn.Module):
@@ -194,17 +233,22 @@ def _private_copy(model: nn.Module) -> nn.Module:
     model = getattr(model, "_orig_mod", model)
     if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
         model = model.module
-    lazy = next(
-        (name for name, item in model.named_parameters() if isinstance(item, nn.parameter.UninitializedParameter)), None
-    )
+    uninitialised = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
+    tensors = (*model.named_parameters(), *model.named_buffers())
+    lazy = next((name for name, item in tensors if isinstance(item, uninitialised)), None)
     if lazy is not None:
         raise InputError(f"{lazy} is not initialised yet: call the model once, then capture it")
+    return model
+
+
+def _private_copy(model: nn.Module) -> nn.Module:
+    model = _checked(model)
     # what a hook computed from parameters (weight_norm of old) is no leaf: deepcopy refuses it, the hook makes it anew
     attributes = [value for module in model.modules() for value in vars(module).values()]
     computed = [value for value in attributes if isinstance(value, torch.Tensor) and value.grad_fn is not None]
     try:
         return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-    except (RuntimeError, TypeError) as error:
+    except Exception as error:  # what a model holds may refuse in any way: the reason is kept
         raise CaptureError(f"the model cannot be copied, and fxopt never works on yours: {error}") from error
 
 
@@ -216,13 +260,14 @@ def _check_devices(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             raise InputError(f"an example input is on {tensor.device}, the model on {held}: move one to the other")
 
 
-def _answers(model: nn.Module, signature: Signature, inputs: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
-    """The model's flat outputs, with a fixed random state; in training mode a copy runs, since buffers change."""
+def _answers(
+    model: nn.Module, signature: Signature, inputs: tuple[torch.Tensor, ...]
+) -> tuple[list[torch.Tensor], Structure]:
+    """The model's flat outputs and their structure, with a fixed random state; what the run writes is undone."""
     args, kwargs = signature.call_arguments([tensor.clone() for tensor in inputs])
-    runner = copy.deepcopy(model) if model.training else model
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return flatten(runner(*args, **kwargs))[0]
+    # attributes that the code assigns stay on the shared copy, buffers that it writes into are put back
+    with torch.no_grad(), fixed_random_state(), buffers_restored(model):
+        return flatten(share_module(model)(*args, **kwargs))
 
 
 def _guess_batch(inputs: tuple[torch.Tensor, ...]) -> BatchAxis | None:
@@ -240,7 +285,3 @@ def _resize(tensor: torch.Tensor, size: int) -> torch.Tensor:
 
 def _batch_size(inputs: tuple[torch.Tensor, ...]) -> str:
     return str(next((tensor.shape[0] for tensor in inputs if tensor.ndim), "no axis"))
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -35,6 +35,7 @@ _CHECKS = {
     "sym_constrain_range",
     "sym_constrain_range_for_size",
 }
+_LARGEST_BATCH = 2**31
 # Batch sizes that no other axis is likely to have, so that nothing seems to depend on the batch by coincidence.
 _FACTORS = (5, 7, 11, 13, 17, 19, 23)
 
@@ -168,6 +169,10 @@ def _fixed_batch(program: torch.export.ExportedProgram, batch: BatchAxis) -> str
             return f"the model was traced for a batch of {size} only: a value in it depends on the batch size"
         if not size.node.expr.is_Symbol:
             return f"the batch size must be of the form {size.node.expr}"
+        bounds = program.range_constraints.get(size.node.expr)
+        if bounds is not None and (bounds.lower > 2 or bounds.upper < _LARGEST_BATCH):
+            span = f"{bounds.lower} to {bounds.upper}"
+            return f"the code of the model branches on the batch size: what was traced holds for {span}"
     return None
 
 

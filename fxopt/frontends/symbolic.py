@@ -6,18 +6,17 @@ libraries wrap for it opaque; `auto` then prefers `export`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn.utils import parametrize
 
-from fxopt.errors import CaptureError
+from fxopt.errors import CaptureError, first_line
 from fxopt.frontends.captured import Captured
 from fxopt.ops import is_known_module, resolve
-from fxopt.sharing import keep_persistence
+from fxopt.sharing import buffers_restored, keep_persistence
 from fxopt.signature import Signature
 from fxopt.structure import Structure, flatten
 
@@ -33,14 +32,17 @@ def trace_symbolic(model: nn.Module, signature: Signature) -> Captured:
         CaptureError: if the code cannot be traced, with the reason.
     """
     tracer = _FlatTracer(signature)
-    with _writes_undone(model) as written:
+    with buffers_restored(model) as written:
         try:
             graph = tracer.trace(model)
         except Exception as error:
             # tracing runs the model's own code: whatever that raises under proxies is the reason
-            raise CaptureError(f"{type(error).__name__}: {_first_line(error)}") from error
-    if written:
-        raise CaptureError(f"the model writes into its buffer {written[0]}, which tracing cannot see")
+            raise CaptureError(f"{type(error).__name__}: {first_line(error)}") from error
+    # buffers are real tensors while the code is traced: a write into one happens, and leaves no trace in the graph; the
+    # counters of BatchNorm are kept by the modules that calls are raised to
+    unseen = [name for name in written if not name.endswith("num_batches_tracked")]
+    if unseen:
+        raise CaptureError(f"the model writes into its buffer {unseen[0]}, which tracing cannot see")
     if tracer.outputs is None:
         raise CaptureError("the model returned nothing")
     module = fx.GraphModule(tracer.root, graph, class_name="Program")
@@ -90,27 +92,6 @@ class _FlatTracer(fx.Tracer):
         return is_known_module(m) or super().is_leaf_module(m, module_qualified_name)
 
 
-@contextmanager
-def _writes_undone(model: nn.Module) -> Iterator[list[str]]:
-    """Undoes what tracing writes into buffers, and names those written, except for the counters of BatchNorm.
-
-    Buffers are real tensors while the code is traced: a write into one happens, and leaves no trace in the graph. The
-        counters
-    are kept by the BatchNorm modules that calls are raised to.
-    """
-    before = {name: (buffer, buffer._version, buffer.clone()) for name, buffer in model.named_buffers()}
-    written: list[str] = []
-    try:
-        yield written
-    finally:
-        with torch.no_grad():
-            for name, (buffer, version, value) in before.items():
-                if buffer._version != version:
-                    buffer.copy_(value)
-                    if not name.endswith("num_batches_tracked"):
-                        written.append(name)
-
-
 def _drop_assertions(module: fx.GraphModule) -> None:
     """Removes `torch._assert` and what only it reads: a program checks its inputs against those of its capture."""
     pending = [node for node in module.graph.nodes if node.target in (torch._assert, torch._assert_async)]
@@ -122,7 +103,3 @@ def _drop_assertions(module: fx.GraphModule) -> None:
         pending += node.all_input_nodes
         module.graph.erase_node(node)
     module.recompile()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0]

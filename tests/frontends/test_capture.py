@@ -643,3 +643,83 @@ def test_calibration_and_target_are_kept() -> None:
     program = capture(small(), IMAGE, calibration=batches, target=target)
     assert program.calibration is batches
     assert program.target is target
+
+
+# --------------------------------------------------------------------------------------------- what is the caller's stays
+
+
+class Calling(nn.Module):
+    """Calls a function of itself and its input."""
+
+    def __init__(self, function: Any) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6)
+        self.function = function
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.function(self, x)
+
+
+@pytest.mark.parametrize("size", [2, 32])
+def test_code_that_branches_on_the_batch_size_fixes_it(size: int) -> None:
+    def branch(module: Calling, x: torch.Tensor) -> Any:
+        return module.layer(x) * 2 if x.shape[0] > 16 else module.layer(x)
+
+    program = capture(Calling(branch).eval(), torch.randn(size, 6))
+    assert program.batch is None
+    assert program.fixed_batch is not None
+    assert "branches on the batch size" in program.fixed_batch
+
+
+def test_a_size_among_the_outputs_fixes_the_batch() -> None:
+    program = capture(Calling(lambda module, x: {"y": module.layer(x), "n": x.shape[0]}).eval(), torch.randn(4, 6))
+    assert program.batch is None
+    assert program.module(torch.randn(4, 6))["n"] == 4
+
+
+def test_a_value_among_the_outputs_is_a_capture_error() -> None:
+    with pytest.raises(CaptureError, match="among the outputs is a number that depends on the sizes or values"):
+        capture(Calling(lambda module, x: (module.layer(x), x.sum().item())).eval(), torch.randn(4, 6))
+
+
+def test_random_numbers_of_the_caller_go_on_as_if_nothing_had_been() -> None:
+    model, x = Calling(lambda module, x: module.layer(x) + 0 * torch.rand(6)).eval(), torch.ones(4, 6)
+    state = torch.get_rng_state()
+    capture(model, x)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_hook_that_writes_into_the_callers_model_leaves_no_trace() -> None:
+    model = nn.Sequential(nn.Linear(6, 6))
+    model.register_buffer("seen", torch.zeros(()))
+
+    def count(*_: Any) -> None:
+        model.seen.add_(1)
+
+    model[0].register_forward_hook(count)
+    capture(model.eval(), torch.randn(4, 6))
+    assert model.seen == 0
+
+
+def test_a_replaced_forward_that_runs_the_callers_model_is_refused() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6))
+    forward = model.forward
+    model.forward = lambda x: forward(x) * 2  # type: ignore[method-assign]
+    with pytest.raises(CaptureError, match="your model's own tensor"):
+        capture(model, torch.randn(4, 6))
+    assert model[1].num_batches_tracked == 0
+
+
+def test_a_part_in_training_mode_keeps_its_statistics() -> None:
+    model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
+    model[1].train()
+    program = capture(model, torch.randn(4, 6))
+    assert program.module.state_dict()["1.num_batches_tracked"] == 0
+    assert torch.equal(program.module.state_dict()["1.running_mean"], torch.zeros(6))
+
+
+def test_a_model_made_in_inference_mode_is_captured() -> None:
+    with torch.inference_mode():
+        model = nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6)).eval()
+        x = torch.randn(4, 6)
+        assert torch.equal(capture(model, x).module(x), model(x))
