@@ -1,8 +1,9 @@
 """A saved engine: a folder with its files, `report.json`, and `manifest.json` that says what must be in it.
 
-The manifest holds the versions, how the model is called, and size and SHA-256 of every file. All of it is checked
-before anything is loaded, and nothing is unpickled. A folder is written beside its place first and then renamed, so an
-interrupted save leaves what was there.
+The manifest holds the versions, how the model is called, size and SHA-256 of every file, and the SHA-256 of itself. All
+of it is checked before anything is loaded, and nothing is unpickled. A save writes a draft first. A new folder is the
+draft, renamed; an existing folder stays the same folder, with its mode and whoever works in it, and only its contents
+are exchanged: what was there is moved aside, moved back if anything fails, and deleted last.
 """
 
 from __future__ import annotations
@@ -10,9 +11,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
@@ -20,7 +23,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 from fxopt.backend import Backend, Engine, TensorSpec
-from fxopt.errors import ArtifactError
+from fxopt.errors import ArtifactError, first_line
 from fxopt.report import Report
 from fxopt.signature import Signature
 from fxopt.target import Target
@@ -35,6 +38,8 @@ REPORT_FILE = "report.json"
 _RECORDED_PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime")
 _CHUNK = 1 << 20
 _AGAIN = "save the engine again"
+_DIGEST = "sha256"
+_SPARE = re.compile(r"\.fxopt-[0-9a-f]{8}\.(saving|old)")
 
 
 @dataclass(frozen=True)
@@ -85,40 +90,42 @@ def write(
     Raises:
         ArtifactError: if the place is taken by something else, or cannot be written.
     """
-    place = Path(directory).resolve()
-    _refuse_foreign(place)
-    draft = place.with_name(f".{place.name}.{secrets.token_hex(4)}.saving")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
+    place = _resolved(Path(directory))
+    with _explained(f"cannot save to {place}", "give write access or make room there, or choose another place"):
+        _refuse_foreign(place)
+        exists = place.exists()
+        if not exists:
+            place.parent.mkdir(parents=True, exist_ok=True)
+        # A folder that exists may be a mount point, or in a folder that is not ours to write: the draft goes inside.
+        draft = (place if exists else place.parent) / _spare_name("saving")
         draft.mkdir()
-    except OSError as error:
-        raise ArtifactError(f"cannot save to {place}: {error}") from error
-    try:
-        engine.save(draft)
-        _write_json(draft / REPORT_FILE, report.to_json())
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "versions": _versions(),
-            "backend": str(backend),
-            "target": target.to_json(),
-            "passes": [item.config for item in report.passes],
-            "signature": signature.to_json(),
-            "inputs": [spec.to_json() for spec in engine.inputs],
-            "engine": dict(engine.info()),
-            "files": {
-                path.relative_to(draft).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
-                for path in sorted(draft.rglob("*"))
-                if path.is_file()
-            },
-        }
-        _write_json(draft / MANIFEST_FILE, manifest)
-        _replace(draft, place)
-    except OSError as error:
-        raise ArtifactError(f"cannot save to {place}: {error}") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        try:
+            engine.save(draft)
+            _write_json(draft / REPORT_FILE, report.to_json())
+            _write_json(
+                draft / MANIFEST_FILE,
+                _signed(
+                    {
+                        "format": FORMAT,
+                        "format_version": FORMAT_VERSION,
+                        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+                        "versions": _versions(),
+                        "backend": str(backend),
+                        "target": target.to_json(),
+                        "passes": [item.config for item in report.passes],
+                        "signature": signature.to_json(),
+                        "inputs": [spec.to_json() for spec in engine.inputs],
+                        "engine": dict(engine.info()),
+                        "files": _listing(draft),
+                    }
+                ),
+            )
+            if exists:
+                _exchange(draft, place)
+            else:
+                draft.rename(place)
+        finally:
+            shutil.rmtree(draft, ignore_errors=True)
 
 
 def read(directory: str | os.PathLike[str]) -> Manifest:
@@ -128,46 +135,110 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
         ArtifactError: saying what is missing, altered or foreign, and what to do.
     """
     place = Path(directory)
-    data = _read_manifest(place)
-    files = _files(place, data)
-    for name, (size, digest) in files.items():
-        _verify(place, name, size, digest)
-    if REPORT_FILE not in files:
-        raise ArtifactError(f"{place / MANIFEST_FILE} does not list {REPORT_FILE}: the folder is incomplete; {_AGAIN}")
-    report = _read_json(place / REPORT_FILE)
+    with _explained(f"cannot read {place}", "check that you may read the folder and all in it"):
+        data = _read_manifest(place)
+        _check_digest(place, data)
+        files = _files(place, data)
+        for name, (size, digest) in files.items():
+            _verify(place, name, size, digest)
+        if REPORT_FILE not in files:
+            raise ArtifactError(
+                f"{place / MANIFEST_FILE} does not list {REPORT_FILE}: the folder is incomplete; {_AGAIN}"
+            )
+        report = _read_json(place / REPORT_FILE)
     try:
+        signature = Signature.from_json(data["signature"])
         return Manifest(
-            backend=str(data["backend"]),
-            signature=Signature.from_json(data["signature"]),
-            inputs=tuple(TensorSpec.from_json(item) for item in data["inputs"]),
+            backend=_text(data["backend"]),
+            signature=signature,
+            inputs=_inputs(data["inputs"], signature.names),
             target=Target.from_json(data["target"]),
             report=Report.from_json(report),
-            passes=tuple(data["passes"]),
-            versions=dict(data["versions"]),
-            info=dict(data["engine"]),
-            created=str(data["created"]),
+            passes=_texts(data["passes"]),
+            versions=_checked_versions(data["versions"]),
+            info=_info(data["engine"]),
+            created=_text(data["created"]),
             files=files,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ArtifactError(
-            f"{place}: {MANIFEST_FILE} or {REPORT_FILE} lacks an entry or has a wrong one ({error!r}); {_AGAIN}"
+            f"{place}: {MANIFEST_FILE} or {REPORT_FILE} lacks an entry or has a wrong one "
+            f"({type(error).__name__}: {first_line(error)}); {_AGAIN}"
         ) from error
+
+
+@contextmanager
+def _explained(what: str, advice: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ArtifactError(f"{what}: {first_line(error)}; {advice}") from error
+
+
+def _resolved(path: Path) -> Path:
+    try:
+        return path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # no working folder, links in a circle, a name with a NUL
+        raise ArtifactError(
+            f"{path} leads nowhere ({first_line(error)}): pass the full path of a folder that can exist"
+        ) from error
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
+
+
+def _texts(values: Any) -> tuple[str, ...]:
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r} is no list")
+    return tuple(_text(value) for value in values)
+
+
+def _checked_versions(data: Any) -> dict[str, str]:
+    return {name: _text(version) for name, version in data.items()}
+
+
+def _info(data: Any) -> dict[str, Any]:
+    info = dict(data)
+    _texts(info.get("notes", []))
+    return info
+
+
+def _inputs(data: Any, names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
+    specs = tuple(TensorSpec.from_json(item) for item in data)
+    if tuple(spec.name for spec in specs) != names:
+        raise ValueError(f"the inputs {[spec.name for spec in specs]} are not those of the signature, {list(names)}")
+    for spec in specs:
+        for axis, size in enumerate(spec.shape):
+            if type(size) is not int and not (size is None and axis == 0):
+                raise TypeError(f"{size!r} is no size, in the shape of {spec.name}")
+    return specs
 
 
 def _refuse_foreign(place: Path) -> None:
     if place.exists() and not place.is_dir():
         raise ArtifactError(f"{place} exists and is not a folder: choose another place")
-    if not place.exists() or not any(place.iterdir()):
+    if not place.exists():
         return
-    try:
-        listed = _read_manifest(place, any_version=True).get("files")
-    except ArtifactError as error:
+    spares = _spares(place)
+    if len(spares) == sum(1 for _ in place.iterdir()):
+        return
+    listed: set[str] = set()
+    known = False
+    for folder in (place, *spares):  # a save that was killed has left the manifest in a spare folder
+        with suppress(ArtifactError):
+            files = _read_manifest(folder, any_version=True).get("files")
+            listed.update(files if isinstance(files, dict) else ())
+            known = True
+    if not known:
         raise ArtifactError(
             f"{place} is not empty and was not written by fxopt: nothing was changed; choose another place"
-        ) from error
-    ours = {MANIFEST_FILE, REPORT_FILE, *(listed if isinstance(listed, dict) else ())}
-    found = sorted(path.relative_to(place).as_posix() for path in place.rglob("*") if not path.is_dir())
-    others = [name for name in found if name not in ours]
+        )
+    ours = {MANIFEST_FILE, REPORT_FILE, *listed}
+    found = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = [path.as_posix() for path in found if path.as_posix() not in ours and not _SPARE.fullmatch(path.parts[0])]
     if others:
         raise ArtifactError(
             f"{place} also holds {', '.join(others[:3])}, which fxopt did not write: "
@@ -175,19 +246,37 @@ def _refuse_foreign(place: Path) -> None:
         )
 
 
-def _replace(draft: Path, place: Path) -> None:
-    """Puts the draft in its place. What was there is moved aside first and back again if that fails."""
-    if not place.exists():
-        draft.rename(place)
-        return
-    old = place.with_name(f".{place.name}.{secrets.token_hex(4)}.old")
-    place.rename(old)
+def _spare_name(use: str) -> str:
+    return f".fxopt-{secrets.token_hex(4)}.{use}"
+
+
+def _spares(place: Path) -> list[Path]:
+    """The folders of saves that are under way or were killed."""
+    return [path for path in place.iterdir() if _SPARE.fullmatch(path.name)]
+
+
+def _exchange(draft: Path, place: Path) -> None:
+    """Exchanges what is in a folder for what is in the draft. Whatever interrupts it, the old contents come back."""
+    aside = place / _spare_name("old")
+    moves = [(path, aside / path.name) for path in place.iterdir() if not _SPARE.fullmatch(path.name)]
+    # The manifest comes last: a folder that has one is complete.
+    fresh = sorted(draft.iterdir(), key=lambda path: path.name == MANIFEST_FILE)
+    moves += [(path, place / path.name) for path in fresh]
+    aside.mkdir()
+    begun: list[tuple[Path, Path]] = []
     try:
-        draft.rename(place)
-    except OSError:
-        old.rename(place)
+        for source, goal in moves:
+            begun.append((source, goal))
+            source.rename(goal)
+    except BaseException:
+        for source, goal in reversed(begun):
+            if os.path.lexists(goal) and not os.path.lexists(source):
+                goal.rename(source)
+        with suppress(OSError):
+            aside.rmdir()
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    for spare in _spares(place):
+        shutil.rmtree(spare, ignore_errors=True)
 
 
 def _read_manifest(place: Path, *, any_version: bool = False) -> dict[str, Any]:
@@ -195,6 +284,12 @@ def _read_manifest(place: Path, *, any_version: bool = False) -> dict[str, Any]:
         raise ArtifactError(f"{place} is not a folder: pass the folder that save() wrote")
     path = place / MANIFEST_FILE
     if not path.is_file():
+        for spare in _spares(place):
+            if spare.suffix == ".old" and (spare / MANIFEST_FILE).is_file():
+                raise ArtifactError(
+                    f"{place} was being saved to when it was interrupted; what was there before is in {spare.name}: "
+                    f"load that, or {_AGAIN}"
+                )
         raise ArtifactError(f"{place} has no {MANIFEST_FILE}: it is incomplete, or was not written by fxopt")
     data = _read_json(path)
     if data.get("format") != FORMAT:
@@ -202,7 +297,7 @@ def _read_manifest(place: Path, *, any_version: bool = False) -> dict[str, Any]:
             f"{path} is of format {data.get('format')!r}, not {FORMAT!r}: pass the folder that save() wrote"
         )
     version = data.get("format_version")
-    if not isinstance(version, int):
+    if type(version) is not int:
         raise ArtifactError(f"{path} has the format version {version!r}, which is not a number; {_AGAIN}")
     if version > FORMAT_VERSION and not any_version:
         raise ArtifactError(
@@ -225,6 +320,33 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
+def _signed(body: Mapping[str, Any]) -> dict[str, Any]:
+    return {**body, _DIGEST: _body_digest(body)}
+
+
+def _body_digest(body: Mapping[str, Any]) -> str:
+    # Through JSON once, as reading does: it turns tuples into lists and all keys into text.
+    plain = json.loads(json.dumps(body))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
+
+
+def _check_digest(place: Path, data: Mapping[str, Any]) -> None:
+    body = {key: value for key, value in data.items() if key != _DIGEST}
+    if data.get(_DIGEST) != _body_digest(body):
+        raise ArtifactError(
+            f"{place / MANIFEST_FILE} was altered since it was saved (its own SHA-256 differs); "
+            f"copy it again, or {_AGAIN}"
+        )
+
+
+def _listing(folder: Path) -> dict[str, Any]:
+    return {
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
 def _files(place: Path, data: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
     listed = data.get("files")
     if not isinstance(listed, dict):
@@ -243,7 +365,7 @@ def _files(place: Path, data: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
 
 def _verify(place: Path, name: str, size: int, digest: str) -> None:
     path = place / name
-    if not path.resolve().is_relative_to(place.resolve()):
+    if not _resolved(path).is_relative_to(_resolved(place)):
         raise ArtifactError(f"{path} leads outside the folder: do not trust it")
     if not path.is_file():
         raise ArtifactError(f"{place} lacks the file {name}: copy the whole folder, or save the engine again")
@@ -256,12 +378,9 @@ def _verify(place: Path, name: str, size: int, digest: str) -> None:
 
 def _sha256(path: Path) -> str:
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(_CHUNK):
-                digest.update(chunk)
-    except OSError as error:
-        raise ArtifactError(f"{path} cannot be read: {error}") from error
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

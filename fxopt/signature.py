@@ -31,6 +31,8 @@ _ANY_CALL = inspect.Signature(
     ]
 )
 
+_VARIADIC: Mapping[Any, str] = {inspect.Parameter.VAR_POSITIONAL: "tuple", inspect.Parameter.VAR_KEYWORD: "dict"}
+
 
 @dataclass(frozen=True)
 class CallArguments:
@@ -38,6 +40,16 @@ class CallArguments:
 
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _LostDefault:
+    """The default of a parameter that held tensors, in a loaded signature: JSON holds no tensors."""
+
+    structure: Structure
+
+    def __repr__(self) -> str:
+        return "<tensor>"
 
 
 @dataclass(frozen=True)
@@ -93,7 +105,9 @@ class Signature:
         return self.inputs.flatten(_bind(self.call, args, kwargs))
 
     def flatten_batch(self, batch: Any) -> list[torch.Tensor]:
-        """The flat inputs in one batch of a data loader: its first N entries, for a model of N inputs.
+        """The flat inputs in one batch of a data loader: its first N entries, for a model of N flat inputs.
+
+        A batch that nests its entries as the model's arguments do is bound like a call.
 
         Raises:
             InputError: if the batch holds too few entries, or others than the model takes.
@@ -107,6 +121,9 @@ class Signature:
             raise InputError(
                 f"a calibration batch must be a tensor, tuple, list or mapping, not {type(batch).__name__}"
             )
+        first = [entry for entry in batch[: len(self.names)] if isinstance(entry, torch.Tensor)]
+        if len(first) == len(self.names):
+            return first
         given = sum(1 for child in self.inputs.children if child.leaf_count())
         return self.flatten_inputs(tuple(batch[:given]), {})
 
@@ -129,24 +146,40 @@ class Signature:
         for parameter in self.call.parameters.values():
             entry: dict[str, Any] = {"name": parameter.name, "kind": parameter.kind.name}
             if parameter.default is not inspect.Parameter.empty:
-                entry["default"] = flatten(parameter.default)[1].to_json()
+                entry["default"] = _default_structure(parameter.default).to_json()
             parameters.append(entry)
         outputs = None if self.outputs is None else self.outputs.to_json()
         return {"call": parameters, "inputs": self.inputs.to_json(), "names": list(self.names), "outputs": outputs}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Signature:
-        """Reads what `to_json` wrote. Imports nothing."""
+        """Reads what `to_json` wrote. Imports nothing.
+
+        Raises:
+            ValueError: if its parts do not fit together. Wrong types raise TypeError, KeyError or AttributeError.
+        """
         parameters = []
         for entry in data["call"]:
-            default = inspect.Parameter.empty
+            default: Any = inspect.Parameter.empty
             if "default" in entry:
-                default = Structure.from_json(entry["default"]).unflatten(())
+                structure = Structure.from_json(entry["default"])
+                default = _LostDefault(structure) if structure.leaf_count() else structure.unflatten(())
             kind = getattr(inspect.Parameter, entry["kind"])
             parameters.append(inspect.Parameter(entry["name"], kind, default=default))
         outputs = None if data["outputs"] is None else Structure.from_json(data["outputs"])
         inputs = Structure.from_json(data["inputs"])
-        return cls(inspect.Signature(parameters), inputs, tuple(data["names"]), outputs)
+        call, names = inspect.Signature(parameters), data["names"]
+        if inputs.kind != "dict" or inputs.keys != tuple(call.parameters):
+            raise ValueError(f"the inputs {list(inputs.keys)} are not the parameters of forward{call}")
+        for parameter, child in zip(parameters, inputs.children, strict=True):
+            container = _VARIADIC.get(parameter.kind)
+            if container not in (None, child.kind):
+                raise ValueError(f"the parameter {parameter} takes a {container}, not a {child.kind}")
+        if not isinstance(names, list) or any(not isinstance(name, str) for name in names):
+            raise TypeError(f"the names of the inputs are {names!r}")
+        if len(names) != inputs.leaf_count():
+            raise ValueError(f"{len(names)} names for {inputs.leaf_count()} input tensors")
+        return cls(call, inputs, tuple(names), outputs)
 
     @cached_property
     def _plain_arity(self) -> int:
@@ -163,9 +196,18 @@ class Signature:
 
 
 def _is_default(child: Structure, parameter: inspect.Parameter) -> bool:
-    if parameter.kind in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD):
+    if parameter.kind in _VARIADIC:
         return not child.children
-    return parameter.default is not inspect.Parameter.empty and flatten(parameter.default)[1] == child
+    return parameter.default is not inspect.Parameter.empty and _default_structure(parameter.default) == child
+
+
+def _default_structure(default: Any) -> Structure:
+    if isinstance(default, _LostDefault):
+        return default.structure
+    try:
+        return flatten(default)[1]
+    except InputError:  # a default that the captured call did not use need not be one that can be captured
+        return Structure("constant", constant=default)
 
 
 def _as_call(example_inputs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -198,6 +240,9 @@ def _bind(call: inspect.Signature, args: Sequence[Any], kwargs: Mapping[str, Any
     except TypeError as error:
         raise InputError(f"the inputs do not fit forward{call}: {error}") from error
     bound.apply_defaults()
+    for name, value in bound.arguments.items():
+        if isinstance(value, _LostDefault):
+            raise InputError(f"{name} was left out: its default holds tensors, which are not saved; pass it")
     return dict(bound.arguments)
 
 

@@ -23,6 +23,8 @@ from fxopt.errors import InputError
 __all__ = ["Structure", "flatten"]
 
 _PLAIN = (type(None), bool, int, float, str)
+_KEYED = ("dict", "namedtuple", "dataclass")
+_KINDS = ("tensor", "constant", "tuple", "list", *_KEYED)
 
 
 @dataclass(frozen=True)
@@ -92,15 +94,35 @@ class Structure:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Structure:
-        """Reads what `to_json` wrote. Imports nothing."""
-        constant = _Opaque(data["repr"]) if "repr" in data else data.get("value")
-        return cls(
+        """Reads what `to_json` wrote. Imports nothing.
+
+        Raises:
+            ValueError: if it is no structure. Wrong types raise TypeError, KeyError or AttributeError.
+        """
+        value, text, type_name = data.get("value"), data.get("repr", ""), data.get("type", "")
+        if not isinstance(text, str) or not isinstance(type_name, str) or not isinstance(value, _PLAIN):
+            raise TypeError(f"the type {type_name!r} or the constant {data.get('repr', value)!r} is not plain")
+        structure = cls(
             kind=data["kind"],
             children=tuple(cls.from_json(child) for child in data.get("children", ())),
             keys=tuple(data.get("keys", ())),
-            constant=constant,
-            type_name=data.get("type", ""),
+            constant=_Opaque(text) if "repr" in data else value,
+            type_name=type_name,
         )
+        structure._check()
+        return structure
+
+    def _check(self) -> None:
+        if self.kind not in _KINDS:
+            raise ValueError(f"{self.kind!r} is no kind of structure")
+        if len(self.keys) != (len(self.children) if self.kind in _KEYED else 0):
+            raise ValueError(f"a {self.kind} of {len(self.children)} entries has {len(self.keys)} keys")
+        if self.kind in ("tensor", "constant") and self.children:
+            raise ValueError(f"a {self.kind} has no entries")
+        if any(not isinstance(key, str | int) for key in self.keys):
+            raise TypeError(f"the keys {self.keys} are neither text nor whole numbers")
+        if self.kind in ("namedtuple", "dataclass"):
+            self._stand_in()
 
     def _collect(self, value: Any, path: str, leaves: list[Any]) -> None:
         if self.kind == "tensor":
@@ -145,10 +167,14 @@ class Structure:
         if self.kind == "dict":
             items = dict(zip(self.keys, values, strict=True))
             if self.type is not None:
-                return self.type(items)
+                return _mapping_of(self.type, items)
             return collections.OrderedDict(items) if self.type_name == "collections.OrderedDict" else items
         fields = dict(zip((str(key) for key in self.keys), values, strict=True))
-        return (self.type or self._stand_in())(**fields)
+        kept = _set_later(self.type)
+        answer = (self.type or self._stand_in())(**{name: value for name, value in fields.items() if name not in kept})
+        for name in kept & fields.keys():
+            object.__setattr__(answer, name, fields[name])  # a frozen dataclass allows no other way
+        return answer
 
     def _stand_in(self) -> Callable[..., Any]:
         name = self.type_name.rpartition(".")[2]
@@ -194,12 +220,15 @@ def flatten(value: Any) -> tuple[list[Any], Structure]:
     ['a', 'b[0]']
     >>> structure.unflatten(leaves)["b"][1]
     3
+
+    Raises:
+        InputError: if a dictionary in it has a key that is neither text nor a whole number.
     """
     leaves: list[Any] = []
-    return leaves, _describe_structure(value, leaves)
+    return leaves, _describe_structure(value, "", leaves)
 
 
-def _describe_structure(value: Any, leaves: list[Any]) -> Structure:
+def _describe_structure(value: Any, path: str, leaves: list[Any]) -> Structure:
     if isinstance(value, torch.Tensor | fx.Proxy):
         leaves.append(value)
         return Structure("tensor")
@@ -207,11 +236,19 @@ def _describe_structure(value: Any, leaves: list[Any]) -> Structure:
     if entries is None:
         return Structure("constant", constant=value)
     kind, keys, values = entries
+    for key in keys:
+        if not isinstance(key, str | int):
+            raise InputError(
+                f"{path or 'the dictionary'}: the key {_describe(key)} is neither a string nor an integer: "
+                "use one of these as the key"
+            )
+    names = [f"{path}.{key}" if path else str(key) for key in keys]
+    paths = names or [f"{path or 'output'}[{index}]" for index in range(len(values))]
     kind_type = type(value)
     builtin = kind_type in (tuple, list, dict)
     return Structure(
         kind=kind,
-        children=tuple(_describe_structure(entry, leaves) for entry in values),
+        children=tuple(_describe_structure(entry, at, leaves) for entry, at in zip(values, paths, strict=True)),
         keys=tuple(keys),
         type_name="" if builtin else f"{kind_type.__module__}.{kind_type.__qualname__}",
         type=None if builtin or kind == "list" else kind_type,
@@ -227,11 +264,27 @@ def _entries(value: Any) -> tuple[str, list[Any], list[Any]] | None:
     if isinstance(value, list):
         return "list", [], list(value)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [item.name for item in dataclasses.fields(value) if item.init]
+        names = [item.name for item in dataclasses.fields(value) if item.init or hasattr(value, item.name)]
         return "dataclass", names, [getattr(value, name) for name in names]
     if isinstance(value, Mapping):
         return "dict", list(value.keys()), list(value.values())
     return None
+
+
+def _mapping_of(kind: Any, items: dict[str | int, Any]) -> Any:
+    """A mapping of this class. The constructor of a dict subclass may take anything, as that of defaultdict does."""
+    if not (isinstance(kind, type) and issubclass(kind, dict)):
+        return kind(items)
+    answer = kind.__new__(kind)
+    answer.update(items)
+    return answer
+
+
+def _set_later(kind: Callable[..., Any] | None) -> set[str]:
+    """The fields of a dataclass that its constructor does not take."""
+    if kind is None or not dataclasses.is_dataclass(kind):
+        return set()
+    return {item.name for item in dataclasses.fields(kind) if not item.init}
 
 
 def _same_constant(expected: Any, value: Any) -> bool:

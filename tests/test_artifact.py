@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import fxopt
 from fxopt import artifact
 from fxopt.backend import Engine
 from fxopt.compare import compare
-from fxopt.errors import ArtifactError
+from fxopt.errors import ArtifactError, FxoptError
 from fxopt.program import Program
 from fxopt.registry import make_backend
 
@@ -65,10 +67,18 @@ def folder(original: Path, tmp_path: Path) -> Path:
     return shutil.copytree(original, tmp_path / "copy")
 
 
+def sign(data: dict[str, Any]) -> None:
+    """What a forger would do: the checks behind the manifest's own SHA-256 must hold too."""
+    body = {key: value for key, value in data.items() if key != "sha256"}
+    text = json.dumps(body, sort_keys=True, separators=(",", ":"))
+    data["sha256"] = hashlib.sha256(text.encode()).hexdigest()
+
+
 def edit(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path = folder / artifact.MANIFEST_FILE
     data = json.loads(path.read_text())
     change(data)
+    sign(data)
     path.write_text(json.dumps(data))
 
 
@@ -211,6 +221,7 @@ def test_a_manifest_that_is_no_object(folder: Path) -> None:
         ({"format": None}, "is of format None, not 'fxopt'"),
         ({"format_version": 2}, "has format version 2, this fxopt reads up to 1: upgrade fxopt, or save"),
         ({"format_version": "1"}, "has the format version '1', which is not a number"),
+        ({"format_version": True}, "has the format version True, which is not a number"),
         ({"files": None}, "lists no files"),
         ({"files": {"model.onnx": "x"}}, "has no size and SHA-256 for model.onnx"),
         ({"files": {}}, "does not list report.json: the folder is incomplete"),
@@ -219,6 +230,10 @@ def test_a_manifest_that_is_no_object(folder: Path) -> None:
         ({"signature": {}}, "lacks an entry or has a wrong one"),
         ({"signature": []}, "lacks an entry or has a wrong one"),
         ({"engine": 3}, "lacks an entry or has a wrong one"),
+        ({"engine": {"notes": None}}, "lacks an entry or has a wrong one"),
+        ({"engine": {"notes": [1]}}, "lacks an entry or has a wrong one"),
+        ({"inputs": [{"name": [], "dtype": "int8", "shape": [1]}]}, "lacks an entry or has a wrong one"),
+        ({"inputs": []}, "are not those of the signature"),
     ],
 )
 def test_a_manifest_with_wrong_entries(folder: Path, change: dict[str, Any], message: str) -> None:
@@ -272,3 +287,172 @@ def test_a_report_that_is_none(folder: Path) -> None:
     edit(folder, lambda data: data["files"].update({"report.json": entry}))
     with pytest.raises(ArtifactError, match=r"report.json lacks an entry or has a wrong one"):
         artifact.read(folder)
+
+
+def paths(value: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    yield at
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, entry in entries:
+        yield from paths(entry, (*at, key))
+
+
+WRONG: tuple[Any, ...] = (None, -1, True, 0.5, "?", [], {}, [[]])
+
+
+def altered(data: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The manifest with one wrong value, for all of these at each place in it."""
+    for at in paths(data):
+        for value in WRONG:
+            changed = copy.deepcopy({"": data})
+            holder: Any = changed
+            for key in ("", *at[:-1]) if at else ():
+                holder = holder[key]
+            last = at[-1] if at else ""
+            if type(holder[last]) is type(value) and holder[last] == value:
+                continue
+            holder[last] = value
+            yield f"{at}={value!r}", changed[""]
+
+
+def test_any_alteration_of_the_manifest_is_noticed(folder: Path) -> None:
+    path = folder / artifact.MANIFEST_FILE
+    unnoticed, count = [], 0
+    for what, data in altered(json.loads(path.read_text())):
+        count += 1
+        path.write_text(json.dumps(data))
+        try:
+            fxopt.load(folder)
+        except ArtifactError:
+            continue
+        unnoticed.append(what)
+    assert count > 300
+    assert not unnoticed
+
+
+def test_an_alteration_is_called_one(folder: Path) -> None:
+    path = folder / artifact.MANIFEST_FILE
+    path.write_text(path.read_text().replace("float32", "float16", 1))
+    with pytest.raises(
+        ArtifactError, match=r"manifest.json was altered since it was saved \(its own SHA-256 differs\)"
+    ):
+        artifact.read(folder)
+
+
+def test_a_forged_manifest_ends_in_no_other_error(folder: Path) -> None:
+    path = folder / artifact.MANIFEST_FILE
+    accepted, others = [], []
+    for what, data in altered(json.loads(path.read_text())):
+        if isinstance(data, dict):
+            sign(data)
+        path.write_text(json.dumps(data))
+        try:
+            fxopt.load(folder)(torch.zeros(2, 4), shift=torch.zeros(2, 3))
+            accepted.append(what)
+        except FxoptError:
+            continue
+        except Exception as error:  # noqa: BLE001 (any is a failure, and all of them shall be listed)
+            others.append(f"{what}: {error!r}")
+    assert not others
+    assert "('created',)='?'" in accepted  # so the signature of this test is right
+
+
+def test_the_working_folder_stays_the_working_folder(
+    tmp_path: Path, made: tuple[Program, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):  # into an empty folder, and over what the first one saved
+        write(Path(), *made)
+        assert Path.cwd() == tmp_path
+        artifact.read(Path())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "model.onnx", "report.json"]
+
+
+def test_a_folder_that_is_saved_to_stays_what_it_was(folder: Path, made: tuple[Program, Engine]) -> None:
+    folder.chmod(0o700)
+    number = folder.stat().st_ino
+    write(folder, *made)
+    assert folder.stat().st_mode & 0o777 == 0o700
+    assert folder.stat().st_ino == number
+
+
+def test_the_folder_around_need_not_be_written(folder: Path, made: tuple[Program, Engine]) -> None:
+    before = folder.parent.stat().st_mtime_ns
+    write(folder, *made)
+    assert folder.parent.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+@pytest.mark.parametrize("after", range(6))
+def test_an_exchange_that_is_interrupted_is_taken_back(
+    folder: Path, made: tuple[Program, Engine], monkeypatch: pytest.MonkeyPatch, error: BaseException, after: int
+) -> None:
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    rename, calls = Path.rename, []
+
+    def failing(self: Path, target: Path) -> Path:
+        calls.append(target)
+        if len(calls) == after + 1:
+            raise error
+        return rename(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", failing)
+        with pytest.raises(ArtifactError if isinstance(error, OSError) else KeyboardInterrupt):
+            write(folder, *made)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_save_that_was_killed_is_explained_and_can_be_repeated(folder: Path, made: tuple[Program, Engine]) -> None:
+    old = folder / ".fxopt-0123abcd.old"
+    old.mkdir()
+    for name in ("manifest.json", "report.json"):
+        (folder / name).rename(old / name)
+    with pytest.raises(ArtifactError, match=r"interrupted; what was there before is in .fxopt-0123abcd.old"):
+        artifact.read(folder)
+    write(folder, *made)
+    artifact.read(folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["manifest.json", "model.onnx", "report.json"]
+
+
+def test_places_that_cannot_be_are_explained(
+    tmp_path: Path, made: tuple[Program, Engine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("a\0b", "x" * 300):
+        with pytest.raises(ArtifactError, match=r"leads nowhere|cannot save to .*choose another place"):
+            write(tmp_path / name, *made)
+        with pytest.raises(ArtifactError, match=r"is not a folder|cannot read"):
+            artifact.read(tmp_path / name)
+    (tmp_path / "file").touch()
+    with pytest.raises(ArtifactError, match=r"cannot save to .*; give write access or make room there"):
+        write(tmp_path / "file" / "below", *made)
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(ArtifactError, match=r"leads nowhere .*pass the full path"):
+        write(Path("here"), *made)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="the superuser may write anywhere")
+def test_a_folder_that_may_not_be_written_is_explained(tmp_path: Path, made: tuple[Program, Engine]) -> None:
+    tmp_path.chmod(0o500)
+    try:
+        with pytest.raises(ArtifactError, match=r"Permission denied.*; give write access"):
+            write(tmp_path / "new", *made)
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_a_default_that_is_a_tensor_must_be_passed_after_loading(tmp_path: Path) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: torch.Tensor, mask: torch.Tensor = torch.full((3,), 2.0)) -> torch.Tensor:  # noqa: B008
+            return x * mask
+
+    x = torch.ones(2, 3)
+    compiled = fxopt.compile(Masked().eval(), (x,), backend="eager")
+    assert compiled(x).tolist() == (x * 2).tolist()
+    compiled.save(tmp_path / "saved")
+    loaded = fxopt.load(tmp_path / "saved")
+    assert loaded(x, torch.full((3,), 4.0)).tolist() == (x * 4).tolist()
+    with pytest.raises(fxopt.InputError, match="mask was left out: its default holds tensors"):
+        loaded(x)

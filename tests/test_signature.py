@@ -147,3 +147,54 @@ def test_a_model_whose_forward_cannot_be_inspected_takes_any_call() -> None:
 
     signature, flat = of((A,), Native())
     assert signature.call_arguments(flat)[0][0] is A
+
+
+class Masked(nn.Module):
+    def forward(self, x: Any, flag: Any = None, mask: Any = B, *, both: Any = (C, 1)) -> Any:
+        return x
+
+
+def test_a_default_that_is_a_tensor_is_not_saved() -> None:
+    signature, flat = of(A, Masked())
+    assert [id(item) for item in flat] == [id(A), id(B), id(C)]
+    assert [id(item) for item in signature.flatten_inputs((A,), {})] == [id(A), id(B), id(C)]
+    loaded = Signature.from_json(json.loads(json.dumps(signature.to_json())))
+    assert loaded.to_json() == signature.to_json()
+    assert loaded.flatten_inputs((A,), {"mask": C, "both": (B, 1)}) == [A, C, B]
+    with pytest.raises(InputError, match="mask was left out: its default holds tensors, which are not saved; pass it"):
+        loaded.flatten_inputs((A,), {"both": (B, 1)})
+    with pytest.raises(InputError, match="both was left out"):
+        loaded.flatten_inputs((A, None, B), {})
+
+
+def test_a_default_that_no_call_uses_may_be_anything() -> None:
+    class Odd(nn.Module):
+        def forward(self, x: Any, table: Any = {(1, 2): 3}) -> Any:  # noqa: B006
+            return x
+
+    signature, _ = of((A, None), Odd())
+    assert signature.flatten_inputs((B, None), {})[0] is B
+    assert Signature.from_json(json.loads(json.dumps(signature.to_json()))).flatten_inputs((B, None), {})[0] is B
+
+
+def test_the_first_tensors_of_a_batch_are_the_flat_inputs() -> None:
+    class Many(nn.Module):
+        def forward(self, *xs: Any) -> Any:
+            return xs[0]
+
+    class Gap(nn.Module):
+        def forward(self, x: Any, mask: Any = None, y: Any = None) -> Any:
+            return x
+
+    class Nested(nn.Module):
+        def forward(self, x: Any, pair: Any) -> Any:
+            return x
+
+    label = torch.tensor([1])
+    for signature, batch in [
+        (of((A, B), Many())[0], (A, B, label)),
+        (of({"x": A, "y": B}, Gap())[0], [A, B, label]),
+        (of((A, (B,)), Nested())[0], (A, (B,), label)),
+        (of((A, (B,)), Nested())[0], (A, B, label)),
+    ]:
+        assert [id(item) for item in signature.flatten_batch(batch)] == [id(A), id(B)]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import enum
 import json
+import types
 from typing import Any, NamedTuple
 
 import pytest
@@ -139,3 +141,89 @@ def test_any_nesting_round_trips(value: Any) -> None:
     assert [id(leaf) for leaf in structure.flatten(again)] == [id(leaf) for leaf in leaves]
     loaded = Structure.from_json(json.loads(json.dumps(structure.to_json())))
     assert [id(leaf) for leaf in loaded.flatten(again)] == [id(leaf) for leaf in leaves]
+
+
+class Colour(enum.Enum):
+    RED = 1
+
+
+class Level(str, enum.Enum):
+    LOW = "low"
+
+
+@pytest.mark.parametrize("key", [Colour.RED, (1, 2), None, 0.5])
+def test_keys_that_json_cannot_hold_are_refused(key: Any) -> None:
+    with pytest.raises(InputError, match=r"x\.y\[1\]: the key .* is neither a string nor an integer"):
+        flatten({"x": {"y": [A, {key: B}]}})
+
+
+def test_keys_keep_their_type_and_what_finds_them() -> None:
+    leaves, structure = flatten({True: A, 2: B, "2": C, Level.LOW: A})
+    answer = Structure.from_json(json.loads(json.dumps(structure.to_json()))).unflatten(leaves)
+    assert [type(key) for key in answer] == [bool, int, str, str]
+    assert answer[Level.LOW] is A
+    assert answer[2] is B
+
+
+class Strict(dict[str, Any]):
+    def __init__(self, size: int, label: str) -> None:
+        super().__init__(size=size, label=label)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        collections.defaultdict(lambda: C, a=A, b=B),
+        collections.OrderedDict(b=A, a=B),
+        collections.Counter(a=1),
+        Strict(1, "a"),
+        types.MappingProxyType({"a": A}),
+        collections.UserDict(a=A),
+    ],
+)
+def test_mappings_come_back_as_their_class(value: Any) -> None:
+    leaves, structure = flatten(value)
+    answer = structure.unflatten(leaves)
+    assert type(answer) is type(value)
+    assert list(answer) == list(value)
+    assert all(answer[key] is value[key] for key in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Counted:
+    boxes: Any
+    total: Any = dataclasses.field(init=False)
+    unset: Any = dataclasses.field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "total", self.boxes)
+
+
+def test_fields_that_the_constructor_does_not_take_are_kept() -> None:
+    value = Counted(A)
+    object.__setattr__(value, "total", B)
+    leaves, structure = flatten(value)
+    loaded = Structure.from_json(json.loads(json.dumps(structure.to_json())))
+    for answer in (structure.unflatten(leaves), loaded.unflatten(leaves)):
+        assert answer.boxes is A
+        assert answer.total is B
+        assert not hasattr(answer, "unset")
+    assert type(structure.unflatten(leaves)) is Counted
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"kind": "thing"},
+        {"kind": "dict", "children": [{"kind": "tensor"}]},
+        {"kind": "tuple", "keys": ["a"], "children": [{"kind": "tensor"}]},
+        {"kind": "tensor", "children": [{"kind": "tensor"}]},
+        {"kind": "dict", "keys": [[]], "children": [{"kind": "tensor"}]},
+        {"kind": "namedtuple", "keys": ["a b"], "children": [{"kind": "tensor"}]},
+        {"kind": "constant", "value": []},
+        {"kind": "tuple", "type": 3},
+    ],
+)
+def test_json_that_is_no_structure_is_refused(data: Any) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        Structure.from_json(data)
