@@ -84,7 +84,7 @@ class Engine(ABC):
 
     @abstractmethod
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Runs it. The results are new tensors on the device of the inputs.
+        """Runs it. The results are on the device of the inputs and share no memory with these or with the engine.
 
         Raises:
             InputError: naming the input whose number, data type, device or shape does not fit.

@@ -20,7 +20,7 @@ from torch import nn
 import fxopt
 from fxopt import registry
 from fxopt.cli_output import Output, one_line, options_of, options_text, summary_of, summary_of_tensor
-from fxopt.errors import FxoptError, InputError
+from fxopt.errors import FxoptError, InputError, first_line
 from fxopt.frontends.capture import Frontend
 from fxopt.input_source import as_example_inputs, gather_inputs, parse_input
 from fxopt.model_source import load_model, load_weights
@@ -382,9 +382,15 @@ def _numbers(option: str, text: str) -> list[float]:
 
 
 def _save(path: Path, outputs: Mapping[str, torch.Tensor]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     if path.suffix != ".safetensors":
         raise InputError(f"--save-outputs writes safetensors: name the file {path.stem}.safetensors")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    save_file({name: tensor.contiguous() for name, tensor in outputs.items()}, path)
+    # safetensors refuses tensors that share memory, as an output and a view of it do
+    copies = {name: tensor.detach().clone(memory_format=torch.contiguous_format) for name, tensor in outputs.items()}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file(copies, path)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--save-outputs: cannot write {path}: {first_line(error)}") from error

@@ -18,7 +18,7 @@ import numpy
 import torch
 
 from fxopt.backend import TensorSpec
-from fxopt.errors import InputError
+from fxopt.errors import InputError, first_line
 
 __all__ = ["InputSpec", "as_example_inputs", "gather_inputs", "parse_input", "read_image", "read_tensors"]
 
@@ -48,11 +48,19 @@ class InputSpec:
     name: str | None = None
 
     def random(self, seed: int = 0) -> torch.Tensor:
-        """Standard normal numbers; of integers 0 and 1, which are valid as index, mask and token alike."""
+        """Standard normal numbers; of integers 0 and 1, which are valid as index, mask and token alike.
+
+        Raises:
+            InputError: if a tensor of that shape cannot be allocated.
+        """
         generator = torch.Generator().manual_seed(seed)
-        if self.dtype.is_floating_point:
-            return torch.randn(self.shape, generator=generator).to(self.dtype)
-        return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
+        try:
+            if self.dtype.is_floating_point:
+                return torch.randn(self.shape, generator=generator).to(self.dtype)
+            return torch.randint(0, 2, self.shape, generator=generator).to(self.dtype)
+        except (RuntimeError, MemoryError, TypeError, OverflowError) as error:  # torch's, by how far it is too large
+            shape = "x".join(map(str, self.shape))
+            raise InputError(f"an input of shape {shape} cannot be made: {first_line(error)}") from error
 
 
 def parse_input(text: str) -> InputSpec:
@@ -161,7 +169,7 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
             return _read_safetensors(path)
         return _named(torch.load(path, map_location="cpu", weights_only=True), path)
     except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
-        raise InputError(f"cannot read {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is no plain tensor file; objects of Python classes are never unpickled") from error
 
@@ -188,7 +196,7 @@ def read_image(path: Path, shape: Sequence[int], *, mean: Sequence[float], std: 
         with Image.open(path) as image:
             fitted = ImageOps.fit(image.convert("RGB"), (shape[3], shape[2]), Image.Resampling.BILINEAR)
     except OSError as error:
-        raise InputError(f"cannot read {path}: {_first_line(error)}") from error
+        raise InputError(f"cannot read {path}: {first_line(error)}") from error
     pixels = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1)[None].float() / 255
     return (pixels - _per_channel(mean)) / _per_channel(std)
 
@@ -226,7 +234,3 @@ def _named(data: Any, path: Path) -> Mapping[str, torch.Tensor]:
     if isinstance(data, list | tuple) and all(isinstance(value, torch.Tensor) for value in data):
         return {f"{path.stem}_{index}": tensor for index, tensor in enumerate(data)}
     raise InputError(f"{path} holds a {type(data).__name__}, not tensors by name")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from fxopt.errors import InputError
+from fxopt.errors import InputError, first_line
 from fxopt.input_source import InputSpec, read_tensors
 
 __all__ = ["ModelSource", "load_model", "load_weights"]
@@ -134,8 +134,8 @@ def _from_callable(module_name: str, attribute: str) -> ModelSource:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise InputError(f"cannot import {spec}: {error}") from error
+    except Exception as error:  # importing runs the user's own code; --debug shows where it failed
+        raise InputError(f"cannot import {spec}: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(found, nn.Module):
         found = _call(found, spec)
     if not isinstance(found, nn.Module):
@@ -160,7 +160,7 @@ def _from_file(path: Path) -> ModelSource:
     try:
         exported = torch.export.load(path)
     except (RuntimeError, ValueError, KeyError, OSError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path} cannot be loaded by this torch: {_first_line(error)}") from error
+        raise InputError(f"{path} cannot be loaded by this torch: {first_line(error)}") from error
     model = exported.module(check_guards=False)
     for module in model.modules():  # an exported program refuses eval(): its mode is burnt in, only the flag is stale
         module.training = False
@@ -196,7 +196,3 @@ def _some(what: str, names: Sequence[str]) -> str:
         return ""
     more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return f"{what}: {', '.join(names[:_SHOWN])}{more}"
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

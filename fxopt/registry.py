@@ -10,14 +10,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
+from fxopt.backend import Backend
 from fxopt.errors import RegistryError
 from fxopt.passes_base import Pass
 from fxopt.spec import configure, parse_spec
-
-if TYPE_CHECKING:
-    from fxopt.backend import Backend
 
 __all__ = [
     "BrokenPluginWarning",
@@ -88,14 +86,14 @@ def make_steps(wanted: str | Pass | Iterable[str | Pass]) -> list[Step]:
         wanted: a pass, a spec string, the name of a pipeline, or a sequence of these.
 
     Raises:
-        RegistryError: for a name or spec that is not known.
+        RegistryError: for a name or spec that is not known, and for what is none of these, such as a pass's class.
     """
     steps: list[Step] = []
-    for item in (wanted,) if isinstance(wanted, str | Pass) else wanted:
+    for item in wanted if isinstance(wanted, Iterable) and not isinstance(wanted, str) else (wanted,):
         if isinstance(item, Pass):
             steps.append(Step(item, explicit=True))
         elif not isinstance(item, str):
-            raise RegistryError(f"a pass must be a Pass or a spec string, not {item!r}")
+            raise RegistryError(_not_made(item, Pass, "simplify"))
         elif item.strip() in _by_name(_PIPELINES):
             specs = _load(_find(_PIPELINES, item.strip()))
             steps += [Step(make_pass(spec), explicit=False) for spec in specs]
@@ -115,12 +113,28 @@ def find_backend(name: str) -> type[Backend]:
 
 
 def make_backend(wanted: str | Backend) -> Backend:
-    """The backend that a spec string describes; a backend passes through."""
-    if not isinstance(wanted, str):
+    """The backend that a spec string describes; a backend passes through.
+
+    Raises:
+        RegistryError: for a name or spec that is not known, and for what is neither, such as a backend's class.
+    """
+    if isinstance(wanted, Backend):
         return wanted
+    if not isinstance(wanted, str):
+        raise RegistryError(_not_made(wanted, Backend, "onnx"))
     name, options = parse_spec(wanted)
     made: Backend = configure(find_backend(name), options)
     return made
+
+
+def _not_made(given: object, kind: type[Any], example: str) -> str:
+    """What to say of an object that is neither an instance of `kind` nor a spec."""
+    what = kind.__name__.lower()
+    if isinstance(given, type):
+        return (
+            f"{given.__name__} is a class: pass an instance, {given.__name__}(), or a spec string such as {example!r}"
+        )
+    return f"a {what} must be an instance of {kind.__name__} or a spec string such as {example!r}, not {given!r}"
 
 
 def _by_name(group: str) -> dict[str, list[EntryPoint]]:

@@ -14,6 +14,9 @@ from fxopt.errors import RegistryError
 
 __all__ = ["configure", "parse_spec", "spec_string"]
 
+_FORM = "name or name(option=value, ...)"
+_LONGEST_SHOWN = 100  # characters of a text that is refused
+
 
 def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
     """Name and options of a spec string.
@@ -32,9 +35,9 @@ def parse_spec(text: str) -> tuple[str, dict[str, Any]]:
             options = {keyword.arg: ast.literal_eval(keyword.value) for keyword in tree.keywords}
             if None not in options and len(options) == len(tree.keywords):
                 return tree.func.id, cast("dict[str, Any]", options)
-    except (SyntaxError, ValueError) as error:
-        raise RegistryError(f"{text!r} is not a spec: write name or name(option=value, ...) with literals") from error
-    raise RegistryError(f"{text!r} is not a spec: write name or name(option=value, ...), options by keyword, once each")
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError) as error:  # as literal_eval documents
+        raise RegistryError(f"{_shown(text)} is not a spec: write {_FORM} with literals") from error
+    raise RegistryError(f"{_shown(text)} is not a spec: write {_FORM}, options by keyword, once each")
 
 
 def spec_string(configured: Any) -> str:
@@ -62,6 +65,10 @@ def configure(kind: type[Any], options: dict[str, Any]) -> Any:
         return kind(**frozen)
     except (TypeError, ValueError) as error:
         raise RegistryError(f"{kind.name}: {error}") from error
+
+
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= _LONGEST_SHOWN else f"{text[:_LONGEST_SHOWN]}...")
 
 
 def _default(item: Field[Any]) -> Any:

@@ -10,16 +10,17 @@ import contextlib
 import logging
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
+from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from fxopt.backend import Backend, Engine, FixedBatchWarning, TensorSpec, check_inputs
-from fxopt.errors import ArtifactError, BackendError
+from fxopt.errors import ArtifactError, BackendError, first_line
 from fxopt.lowering.eager_archive import load_archive, runnable, save_archive
 
 if TYPE_CHECKING:
@@ -31,8 +32,6 @@ __all__ = ["EagerBackend"]
 _FILE = "model.pt2"
 
 _log = logging.getLogger(__name__)
-
-_Flat = Callable[..., Sequence[torch.Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,21 +67,30 @@ class EagerBackend(Backend):
 class _TorchEngine(Engine):
     """What the two have in common: a flat callable and how to run it."""
 
-    def __init__(self, module: _Flat, inputs: tuple[TensorSpec, ...], device: torch.device, *, training: bool) -> None:
+    def __init__(
+        self, module: nn.Module, inputs: tuple[TensorSpec, ...], device: torch.device, *, training: bool
+    ) -> None:
         self.inputs = inputs
         self._module = module
         self._device = device
         self._training = training
+        self._own = {address for address in map(_memory, _held_tensors(module)) if address}
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         check_inputs(self.inputs, self._device, inputs)
         try:
-            if self._training:
-                return tuple(self._module(*inputs))
-            with torch.no_grad():
-                return tuple(self._module(*inputs))
-        except RuntimeError as error:
-            raise BackendError(f"torch failed to run the program: {error}") from error
+            with contextlib.nullcontext() if self._training else torch.no_grad():
+                return self._separated(self._module(*inputs), inputs)
+        except Exception as error:  # operators raise errors of all classes: IndexError for an index out of range
+            raise BackendError(f"torch failed to run the program: {type(error).__name__}: {error}") from error
+
+    def _separated(self, outputs: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """The outputs; in place of those that lie in memory of an input or of the engine, copies (gradients pass)."""
+        given = {_memory(tensor) for tensor in inputs}
+        return tuple(
+            output.clone() if (address := _memory(output)) and (address in given or address in self._own) else output
+            for output in outputs
+        )
 
     def info(self) -> Mapping[str, Any]:
         return {
@@ -119,7 +127,9 @@ class _ProgramEngine(_TorchEngine):
         self._fixed_reason = ""
 
     def save(self, directory: Path) -> None:
-        save_archive(self._export(), directory / _FILE)
+        exported = self._export()
+        with _quiet_export():
+            save_archive(exported, directory / _FILE)
 
     def _export(self) -> ExportedProgram:
         shapes = tuple({0: Dim.DYNAMIC} if spec.shape and spec.shape[0] is None else None for spec in self.inputs)
@@ -129,13 +139,13 @@ class _ProgramEngine(_TorchEngine):
                     return self._export_with(shapes)
             except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason in the warning and the note)
                 _log.debug("export with a dynamic batch failed", exc_info=True)
-                self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {_first_line(error)}"
+                self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {first_line(error)}"
                 warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)
         try:
             with _quiet_export():
                 return self._export_with(None)
         except Exception as error:
-            raise BackendError(f"torch.export cannot save this program: {_first_line(error)}") from error
+            raise BackendError(f"torch.export cannot save this program: {first_line(error)}") from error
 
     def _export_with(self, shapes: tuple[Any, ...] | None) -> ExportedProgram:
         # torch.export marks the tensors that it is given as dynamic, and leaves the marks if it fails
@@ -160,7 +170,8 @@ class _ArchiveEngine(_TorchEngine):
         self._saved_notes = manifest.notes
 
     def save(self, directory: Path) -> None:
-        save_archive(self._exported, directory / _FILE)
+        with _quiet_export():
+            save_archive(self._exported, directory / _FILE)
 
     def _nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._exported.state_dict.values())
@@ -175,6 +186,19 @@ def _input_values(exported: ExportedProgram) -> list[Any]:
     return [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in wanted]
 
 
+def _held_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
+    """Parameters, buffers, and tensors that are plain attributes."""
+    yield from module.parameters()
+    yield from module.buffers()
+    for part in module.modules():
+        yield from (value for value in vars(part).values() if isinstance(value, torch.Tensor))
+
+
+def _memory(tensor: torch.Tensor) -> int:
+    """Where the tensor's storage begins, the same for all views of it; 0 if it has none (no elements, sparse)."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
+
+
 @contextlib.contextmanager
 def _quiet_export() -> Iterator[None]:
     """torch.export's warnings are about its own insides; they go to our debug log."""
@@ -183,8 +207,3 @@ def _quiet_export() -> Iterator[None]:
         yield
     for warning in caught:
         _log.debug("torch.export: %s", warning.message)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -44,8 +44,17 @@ class OnnxBackend(Backend):
     optimize: bool = True
 
     def __post_init__(self) -> None:
-        if self.num_threads is not None and self.num_threads < 1:
-            raise ValueError(f"num_threads must be at least 1, not {self.num_threads}")
+        # a spec string may give values of any type
+        threads: object = self.num_threads
+        providers: object = self.providers
+        if threads is not None and (type(threads) is not int or threads < 1):
+            raise ValueError(f"num_threads must be an integer of at least 1, or None, not {threads!r}")
+        if isinstance(providers, str):
+            raise ValueError(f"providers must be a tuple of names: write ({providers!r},) for this one alone")
+        if providers is not None and not (
+            isinstance(providers, tuple) and all(type(item) is str for item in providers)
+        ):
+            raise ValueError(f"providers must be a tuple of names, or None, not {providers!r}")
 
     def unavailable(self) -> str | None:
         missing = [name for name in _PACKAGES if importlib.util.find_spec(name) is None]

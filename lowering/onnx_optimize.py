@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from fxopt.errors import BackendError
+from fxopt.errors import BackendError, first_line
 from fxopt.lowering.onnx_model import OnnxModel
 
 if TYPE_CHECKING:
@@ -77,7 +77,7 @@ def optimize(model: OnnxModel) -> tuple[OnnxModel, list[str]]:
             return model, [*check(model), f"onnxoptimizer was left out: it changed {changed}"]
         _check_fully(optimized)
     except Exception as error:  # noqa: BLE001 (a C++ library; whatever it says becomes the note)
-        return model, [*check(model), f"onnxoptimizer was left out: {_first_line(error)}"]
+        return model, [*check(model), f"onnxoptimizer was left out: {first_line(error)}"]
     return model.with_graph(optimized), []
 
 
@@ -96,8 +96,8 @@ def check(model: OnnxModel) -> list[str]:
         try:
             onnx.checker.check_model(graph)
         except onnx.checker.ValidationError as error:
-            raise BackendError(f"the exported ONNX model is not valid: {_first_line(error)}") from error
-        return [f"the ONNX checker could not infer all shapes: {_first_line(full)}"]
+            raise BackendError(f"the exported ONNX model is not valid: {first_line(error)}") from error
+        return [f"the ONNX checker could not infer all shapes: {first_line(full)}"]
     return []
 
 
@@ -116,8 +116,3 @@ def _changed_interface(before: onnx.ModelProto, after: onnx.ModelProto) -> str:
     if [item.name for item in before.graph.output] != [item.name for item in after.graph.output]:
         return "the names of the outputs"
     return ""
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

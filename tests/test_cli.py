@@ -38,6 +38,11 @@ def broken():
     raise KeyError("no such\\nlayer")
 
 number = 3
+
+class Views(nn.Module):
+    def forward(self, x):
+        y = x * 2
+        return y, y.flatten(), y[:, :1]
 """
 SHAPE = "2x3x8x8"
 
@@ -209,6 +214,14 @@ def test_named_inputs_and_nested_outputs(command: Command) -> None:
     assert [entry["shape"] for entry in data["outputs"]] == [[4, 5], [4, 5]]
 
 
+def test_outputs_that_share_memory_are_saved(command: Command) -> None:
+    assert command("compile", "zoo:Views", "--input", "2x3", "--backend", "eager", "-o", "out").code == 0
+    result = command("run", "out", "--save-outputs", "o.safetensors")
+    assert result.code == 0, result.err
+    shapes = sorted(tuple(tensor.shape) for tensor in load_file("o.safetensors").values())
+    assert shapes == [(1, 1), (1, 3), (3,)]
+
+
 def test_weights_are_loaded_strictly(command: Command) -> None:
     torch.manual_seed(7)
     trained = {
@@ -265,6 +278,9 @@ def test_exported_program(command: Command) -> None:
         ("show timm:repvgg_a9", "timm has no model 'repvgg_a9'; did you mean"),
         ("show zoo:missing --input 1x3", "cannot import zoo:missing"),
         ("show zoo_that_is_not:x --input 1x3", "No module named 'zoo_that_is_not'"),
+        ("show .zoo:make --input 1x3", "cannot import .zoo:make: TypeError"),
+        ("show zoo_misspelt:make --input 1x3", "cannot import zoo_misspelt:make: SyntaxError"),
+        ("show zoo_failing:make --input 1x3", "cannot import zoo_failing:make: ZeroDivisionError: division by zero"),
         ("show zoo:number --input 1x3", "zoo:number is a int, neither a torch.nn.Module nor callable"),
         ("show zoo:broken --input 1x3", "zoo:broken() failed with KeyError"),
         ("show missing.pt2", "missing.pt2 does not exist"),
@@ -272,11 +288,16 @@ def test_exported_program(command: Command) -> None:
         ("show zoo:make", "zoo:make does not say what it takes: add --input"),
         ("show zoo:make --input 1y3", "cannot read the input '1y3'"),
         ("show zoo:make --input 1x3:float31", "unknown element type"),
+        ("show zoo:make --input 99999999999x99999", "an input of shape 99999999999x99999 cannot be made"),
+        ("show zoo:make --input 99999999999999999999x3", "an input of shape 99999999999999999999x3 cannot be made"),
         ("show zoo:Pair --input ids=1x3 --input 1x3", "name every --input, or none"),
         ("show zoo:make --input 2x3x8x8 --frontend magic", "magic"),
         ("show zoo:make --input 2x3x8x8 --weights none.safetensors", "none.safetensors does not exist"),
         ("explain zoo:make --input 2x3x8x8 --passes nothing", "no pass named 'nothing'"),
         ("explain zoo:make --input 2x3x8x8 --passes fold_batch_norm(eps=1)", "fold_batch_norm has no option 'eps'"),
+        ("explain zoo:make --input 2x3x8x8 --passes fold_batch_norm(a={[]:1})", "is not a spec"),
+        (f"explain zoo:make --input 2x3x8x8 --passes x{'-' * 100_000}", "is not a spec"),
+        ("compile zoo:make --input 2x3x8x8 --backend onnx(num_threads=0.5) -o out", "num_threads must be an integer"),
         ("compile zoo:make --input 2x3x8x8 --backend nothing -o out", "no backend named 'nothing'"),
         ("compile zoo:make --input 2x3x8x8", "--output"),
         ("run not_there", "not_there is not a folder"),
@@ -287,6 +308,8 @@ def test_exported_program(command: Command) -> None:
 )  # fmt: skip
 def test_user_errors_are_one_line_and_exit_code_2(command: Command, arguments: str, message: str) -> None:
     Path("zoo.py.pt2").write_text("no archive", encoding="utf-8")
+    Path("zoo_misspelt.py").write_text("def make(:\n", encoding="utf-8")
+    Path("zoo_failing.py").write_text("1 / 0\n", encoding="utf-8")
     result = command(*arguments.split())
     assert result.code == 2
     assert result.out == ""
@@ -305,9 +328,12 @@ def test_user_errors_are_one_line_and_exit_code_2(command: Command, arguments: s
         ("--input 1x3x9x8", "expected shape"),
         ("--mean a", "--mean takes one number or three"),
         ("--save-outputs out.txt", "--save-outputs writes safetensors"),
+        ("--save-outputs zoo.py/out.safetensors", "--save-outputs: cannot write zoo.py/out.safetensors"),
+        ("--save-outputs folder.safetensors", "--save-outputs: cannot write folder.safetensors"),
     ],
 )
 def test_user_errors_of_run(command: Command, engine: Path, arguments: str, message: str) -> None:
+    Path("folder.safetensors").mkdir()
     result = command("run", str(engine), *arguments.split())
     assert result.code == 2
     assert result.err.startswith("fxopt: error: ")

@@ -6,11 +6,13 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fxopt import registry
 from fxopt.errors import RegistryError
+from fxopt.lowering import OnnxBackend
 from fxopt.passes import DEFAULT, FoldBatchNorm
 from fxopt.registry import BrokenPluginWarning, make_backend, make_pass, make_steps
 
@@ -134,3 +136,47 @@ def test_a_backend_passes_through_or_is_made_from_its_spec() -> None:
     assert make_backend(str(made)) == made
     with pytest.raises(RegistryError, match="onnx has no option 'threads'"):
         make_backend("onnx(threads=2)")
+
+
+@pytest.mark.parametrize("wanted", [FoldBatchNorm, ["simplify", FoldBatchNorm]])
+def test_the_class_of_a_pass_is_refused(wanted: Any) -> None:
+    with pytest.raises(
+        RegistryError, match=r"FoldBatchNorm is a class: pass an instance, FoldBatchNorm\(\), or a spec"
+    ):
+        make_steps(wanted)
+
+
+@pytest.mark.parametrize("wanted", [None, 3, [None]])
+def test_what_is_no_pass_is_refused(wanted: Any) -> None:
+    with pytest.raises(
+        RegistryError, match="a pass must be an instance of Pass or a spec string such as 'simplify', not"
+    ):
+        make_steps(wanted)
+
+
+def test_what_is_no_backend_is_refused() -> None:
+    backend: Any = OnnxBackend
+    with pytest.raises(RegistryError, match=r"OnnxBackend is a class: pass an instance, OnnxBackend\(\), or a spec"):
+        make_backend(backend)
+    nothing: Any = None
+    with pytest.raises(
+        RegistryError, match="a backend must be an instance of Backend or a spec string such as 'onnx', not None"
+    ):
+        make_backend(nothing)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("onnx(num_threads=0)", "num_threads must be an integer of at least 1, or None, not 0"),
+        ("onnx(num_threads=2.0)", "num_threads must be an integer of at least 1, or None, not 2.0"),
+        ("onnx(num_threads=True)", "num_threads must be an integer of at least 1, or None, not True"),
+        ("onnx(num_threads='2')", "num_threads must be an integer of at least 1, or None, not '2'"),
+        ("onnx(providers='CPU')", r"providers must be a tuple of names: write \('CPU',\) for this one alone"),
+        ("onnx(providers=['CPU', 1])", r"providers must be a tuple of names, or None, not \('CPU', 1\)"),
+        ("onnx(providers=3)", "providers must be a tuple of names, or None, not 3"),
+    ],
+)
+def test_values_that_the_onnx_backend_refuses(spec: str, message: str) -> None:
+    with pytest.raises(RegistryError, match=f"onnx: {message}"):
+        make_backend(spec)

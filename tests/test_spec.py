@@ -68,11 +68,15 @@ def test_specs_parse(text: str, name: str, options: dict[str, object]) -> None:
         "prune; print()",
         "prune(ratio=1, ratio=2)",
         "3",
+        "prune(a={[]: 1})",
+        pytest.param("-" * 100_000, id="too deep to parse"),
+        pytest.param("prune(a=" + "(" * 150 + "1" + ")" * 150 + "-" * 100_000 + "1)", id="too deep inside"),
     ],
 )
 def test_what_is_no_spec_is_refused(text: str) -> None:
-    with pytest.raises(RegistryError, match="is not a spec: write name or name"):
+    with pytest.raises(RegistryError, match="is not a spec: write name or name") as caught:
         parse_spec(text)
+    assert len(str(caught.value)) < 300
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import fxopt
 from fxopt import artifact
 from fxopt.backend import Engine, FixedBatchWarning
 from fxopt.compare import compare
-from fxopt.errors import ArtifactError, InputError
+from fxopt.errors import ArtifactError, BackendError, InputError
 from fxopt.lowering import EagerBackend
 from fxopt.lowering.eager_archive import load_archive
 from fxopt.program import BatchAxis, Program
@@ -72,6 +72,62 @@ def test_a_program_in_training_mode_trains() -> None:
     gradients = [parameter.grad for parameter in program.module.parameters()]
     assert len(gradients) == 3
     assert all(gradient is not None for gradient in gradients)
+
+
+class Shares(nn.Module):
+    """Gives its input, a view of it, a parameter, a view of a buffer, and something new."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3))
+        self.register_buffer("table", torch.arange(6.0))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x, x[:, 0], self.weight, self.table[1:4], x * self.weight
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("load", [False, True])
+def test_results_share_no_memory_with_the_inputs_or_the_engine(tmp_path: Path, training: bool, load: bool) -> None:
+    program = fxopt.capture(Shares().train(training), torch.randn(2, 3))
+    engine = BACKEND.lower(program, dynamic_batch=True)
+    if load:
+        engine = BACKEND.load(tmp_path / "out", saved(program, engine, tmp_path / "out"))
+    x = torch.randn(2, 3)
+    expected = [x.clone(), x[:, 0].clone(), torch.ones(3), torch.tensor([1.0, 2.0, 3.0]), x.clone()]
+    for _ in range(2):
+        outputs = engine(x)
+        for output, wanted in zip(outputs, expected, strict=True):
+            assert torch.equal(output, wanted)
+            with torch.no_grad():
+                output.fill_(-7)
+
+
+def test_a_result_that_is_a_parameter_still_trains_it() -> None:
+    program = fxopt.capture(Shares().train(), torch.randn(2, 3))
+    outputs = BACKEND.lower(program, dynamic_batch=True)(torch.randn(2, 3))
+    outputs[2].sum().backward()
+    (weight,) = program.module.parameters()
+    assert weight.grad is not None
+    assert torch.equal(weight.grad, torch.ones(3))
+
+
+def test_results_that_are_new_are_not_copied() -> None:
+    class Doubled(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            doubled = x * 2
+            return doubled, doubled.flatten()
+
+    engine = BACKEND.lower(fxopt.capture(Doubled().eval(), torch.randn(2, 3)), dynamic_batch=True)
+    whole, flat = engine(torch.randn(2, 3))
+    assert whole.data_ptr() == flat.data_ptr()
+
+
+def test_an_error_of_any_class_is_a_backend_error() -> None:
+    _, engine = lowered(Net().eval())
+    with pytest.raises(BackendError, match="torch failed to run the program: IndexError: index out of range") as caught:
+        engine(torch.full((2, 3), 9), INPUTS[1])
+    assert isinstance(caught.value.__cause__, IndexError)
 
 
 def test_saved_and_loaded_with_any_batch(tmp_path: Path) -> None:

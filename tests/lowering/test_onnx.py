@@ -295,7 +295,7 @@ def test_options() -> None:
     everything = OnnxBackend(num_threads=2, providers=("CPUExecutionProvider",), optimize=False)
     assert make_backend(str(everything)) == everything
     assert OnnxBackend().unavailable() is None
-    with pytest.raises(ValueError, match="num_threads must be at least 1"):
+    with pytest.raises(ValueError, match="num_threads must be an integer of at least 1, or None, not 0"):
         OnnxBackend(num_threads=0)
     program = fxopt.capture(Tiny().eval(), torch.randn(2, 8))
     with pytest.raises(BackendUnavailable, match=r"has no QuantumExecutionProvider; it has .*CPUExecutionProvider"):
