@@ -13,6 +13,7 @@ import dataclasses
 import keyword
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -122,7 +123,7 @@ class Structure:
         if any(not isinstance(key, str | int) for key in self.keys):
             raise TypeError(f"the keys {self.keys} are neither text nor whole numbers")
         if self.kind in ("namedtuple", "dataclass"):
-            self._stand_in()
+            self._stand_in  # noqa: B018 (made once, and refused here if it cannot be)
 
     def _collect(self, value: Any, path: str, leaves: list[Any]) -> None:
         if self.kind == "tensor":
@@ -171,11 +172,12 @@ class Structure:
             return collections.OrderedDict(items) if self.type_name == "collections.OrderedDict" else items
         fields = dict(zip((str(key) for key in self.keys), values, strict=True))
         kept = _set_later(self.type)
-        answer = (self.type or self._stand_in())(**{name: value for name, value in fields.items() if name not in kept})
+        answer = (self.type or self._stand_in)(**{name: value for name, value in fields.items() if name not in kept})
         for name in kept & fields.keys():
             object.__setattr__(answer, name, fields[name])  # a frozen dataclass allows no other way
         return answer
 
+    @cached_property
     def _stand_in(self) -> Callable[..., Any]:
         name = self.type_name.rpartition(".")[2]
         name = name if name.isidentifier() and not keyword.iskeyword(name) else "Output"

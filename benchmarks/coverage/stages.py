@@ -194,8 +194,10 @@ class Stages:
                 )
         except Exception as failure:  # noqa: BLE001 (models with burnt-in float32 constants have no float64 twin)
             reason = f"no float64 twin: {type(failure).__name__}: {failure}"
+        # an error below the model's own rounding is none that anybody could tell from it
+        drowned = own_noise is not None and error <= own_noise
         if error_float64 is not None:
-            rounding = error_float64 <= EXACT_FLOAT64
+            rounding = error_float64 <= EXACT_FLOAT64 or drowned
         else:
             rounding = own_noise is not None and error <= NOISE_FACTOR * own_noise
         judgement: dict[str, Any] = {"own_noise": own_noise, "error_float64": error_float64}

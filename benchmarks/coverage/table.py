@@ -60,7 +60,8 @@ def notes(rows: Sequence[Mapping[str, Any]]) -> list[str]:
         *(f"left {count}: {why}" for why, count in reasons.most_common()),
         "errors are relative, max|a - b| / max|b| against the model, the worse of batch 1 and 2; bars: "
         + ", ".join(f"{name} {bar:.0e}" for name, bar in BARS.items()),
-        f"`~` over the bar by rounding: the float64 twins agree to {EXACT_FLOAT64:.0e} (engine: within "
+        f"`~` over the bar by rounding: the float64 twins agree to {EXACT_FLOAT64:.0e}, or the error is below the "
+        f"difference between the model in float32 and in float64 (engine: within "
         f"{NOISE_FACTOR:.0f} times the difference between the model in float32 and in float64); `!` over the bar",
     ]
     models: dict[str, list[str]] = {}

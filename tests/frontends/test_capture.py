@@ -645,7 +645,7 @@ def test_calibration_and_target_are_kept() -> None:
     assert program.target is target
 
 
-# -------------------------------------------------------------------------------------------- what is the caller's stays
+# ------------------------------------------------------------------------------------------- what is the caller's stays
 
 
 class Calling(nn.Module):
