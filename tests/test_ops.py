@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from fxopt.ops import is_known_module, operators, resolve
+from fxopt.ops import DROPOUTS, MODE_DEPENDENT, is_known_module, operators, resolve
 
 aten = torch.ops.aten
 
@@ -195,3 +195,7 @@ def test_operators_marked_elementwise_are(name: str, function: Callable[[torch.T
 def test_operators_that_mix_positions_are_not_marked_elementwise() -> None:
     for name in ("softmax", "log_softmax", "mean", "batch_norm", "layer_norm", "conv2d", "matmul", "cat", "reshape"):
         assert not operators()[name].elementwise
+
+
+def test_operators_that_depend_on_the_mode_are_in_the_table() -> None:
+    assert DROPOUTS < MODE_DEPENDENT <= operators().keys()
