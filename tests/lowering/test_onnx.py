@@ -317,3 +317,15 @@ def test_a_call_costs_at_most_50_microseconds_beyond_the_session(tiny: tuple[Pro
         engine(x)
         overheads.append(time.perf_counter() - middle - (middle - start))
     assert statistics.median(overheads) < 50e-6
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4, 6), (2, 3, 5, 4, 6)])
+def test_attention_over_any_number_of_axes(shape: tuple[int, ...]) -> None:
+    class Attention(nn.Module):
+        def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+            return nn.functional.scaled_dot_product_attention(query, key, value, scale=0.3)
+
+    inputs = tuple(torch.randn(2, *shape) for _ in range(3))
+    compiled = fxopt.compile(Attention().eval(), inputs, passes=[])
+    others = tuple(torch.randn(5, *shape) for _ in range(3))
+    torch.testing.assert_close(compiled(*others), Attention()(*others), rtol=1e-4, atol=1e-5)
