@@ -90,9 +90,10 @@ class FoldBatchNorm(Pass):
         kind = program.op(layer)
         if kind not in _LAYERS or program.module_of(layer) is None:
             return f"behind {_noun(program, layer)}"
-        busy = next((item for item in (*chain, layer) if len(item.users) > 1), None)
-        if busy is not None:
-            return f"output of {busy.target} has {len(busy.users)} users"
+        for item in (*chain, layer):
+            readers = [user for user in item.users if not _asks_for_shape(program, user)]
+            if len(readers) > 1:
+                return f"output of {item.target} has {len(readers)} users"
         reason = self._shared(program, layer) or _wrong_axis(program, layer, kind)
         if reason is not None:
             return reason
@@ -105,6 +106,8 @@ class FoldBatchNorm(Pass):
         pending = list(norm.users)
         while pending:
             user = pending.pop(0)
+            if _asks_for_shape(program, user):
+                continue
             if is_identity(program, user):
                 pending += list(user.users)
                 continue
@@ -208,6 +211,12 @@ def _wrong_axis(program: Program, layer: fx.Node, kind: str) -> str | None:
     if isinstance(spec, TensorSpec) and len(spec.shape) == rank:
         return None
     return f"the channels of {layer.target} are not on axis 1"
+
+
+def _asks_for_shape(program: Program, node: fx.Node) -> bool:
+    """Whether `node` reads the shape or type of its input only, which folding does not change."""
+    call = program.call(node)
+    return call.op == "size" or (call.op == "getattr" and call.arguments.get("name") in ("shape", "ndim", "dtype"))
 
 
 def _mixes_zeros(layer: _Layer, kind: str) -> bool:

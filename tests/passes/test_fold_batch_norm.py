@@ -253,3 +253,19 @@ def test_torchvision(name: str, folded: int, frontend: Any) -> None:
     program = fxopt.optimize(model, (x,), "fold_batch_norm", frontend=frontend, on_failure="raise")
     assert len(program.report.passes[0].rewrites) == folded
     assert_equivalent(model, program, (x,))
+
+
+def test_who_asks_for_the_shape_only_is_no_user() -> None:
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm, self.last = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+            self.out = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.conv(x)
+            y = self.norm(x).relu() * x.shape[1]
+            z = self.last(y)
+            return self.out(z).reshape(z.size(0), z.shape[1], -1)
+
+    folds_exactly(seasoned(Shaped()).double(), sample(2, 3, 5, 5), rewrites=2)
