@@ -32,6 +32,7 @@ from fxopt.manager import PassManager
 from fxopt.passes_base import Pass, Plan, Rewrite, Skip
 from fxopt.program import Program
 from fxopt.random_model import RandomProgram, random_program
+from fxopt.randomness import fixed_random_state
 from fxopt.spec import configure, parse_spec
 from fxopt.structure import flatten
 
@@ -305,8 +306,7 @@ def _answer(subject: nn.Module | Program | Compiled, inputs: Any, *, flat: bool)
     runner: Any = subject.module if isinstance(subject, Program) else subject
     if isinstance(runner, nn.Module) and runner.training:
         runner = copy.deepcopy(runner)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+    with torch.no_grad(), fixed_random_state():
         if flat and isinstance(subject, Program):
             return subject.run(*inputs)
         if isinstance(inputs, Mapping):
