@@ -109,6 +109,8 @@ def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
     assert exported is not None
     # The exporter leaves a stack trace on every node: larger than the graph, and it names the user's paths.
     ir_passes.ClearMetadataAndDocStringPass()(exported.model)
+    # It may also leave nodes before what they take (seen where it splits an operator into several).
+    ir_passes.TopologicalSortPass()(exported.model)
     return exported.model
 
 

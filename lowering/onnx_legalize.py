@@ -1,7 +1,9 @@
 """What the ONNX exporter does not take, said in other words: the same values, on a copy of the program.
 
 Attention over more or fewer than four axes: torch's exporter takes [batch, heads, tokens, channels] only. Leading axes
-are merged for the call and split again behind it; a missing one is added and taken away.
+are merged for the call and split again behind it; a missing one is added and taken away. A mask that has the leading
+axes of the query goes the same way; one of [tokens, tokens] is broadcast over whatever leads; any other is left to the
+exporter.
 """
 
 from __future__ import annotations
@@ -38,20 +40,26 @@ def _is_odd_attention(program: Program, node: fx.Node) -> bool:
     if program.op(node) != "scaled_dot_product_attention":
         return False
     arguments = program.call(node).arguments
-    ranks = {_rank(program, arguments[name]) for name in ("query", "key", "value")}
-    mask = arguments.get("attn_mask")
-    if len(ranks) != 1 or not ranks <= _OTHER_RANKS:
+    query, mask = arguments["query"], arguments.get("attn_mask")
+    if len(_shape(program, query)) not in _OTHER_RANKS:
         return False
-    # a mask of as few axes as two is broadcast over whatever leads; others would have to be merged likewise
-    return mask is None or (isinstance(mask, fx.Node) and _rank(program, mask) == 2)
+    if not all(_leads_alike(program, arguments[name], query) for name in ("key", "value")):
+        return False
+    return mask is None or len(_shape(program, mask)) == 2 or _leads_alike(program, mask, query)
+
+
+def _leads_alike(program: Program, mask: Any, query: Any) -> bool:
+    return _shape(program, mask)[:-2] == _shape(program, query)[:-2]
 
 
 def _with_four_axes(program: Program, node: fx.Node) -> None:
-    known = program.analysis(shapes)
     arguments: dict[str, Any] = dict(program.call(node).arguments)
-    leading = known[arguments["query"].name].shape[1:-3]
-    surplus = len(known[arguments["query"].name].shape) - _AXES
-    for name in ("query", "key", "value"):
+    shape = _shape(program, arguments["query"])
+    surplus = len(shape) - _AXES
+    names = ["query", "key", "value"]
+    if arguments.get("attn_mask") is not None and _leads_alike(program, arguments["attn_mask"], arguments["query"]):
+        names.append("attn_mask")
+    for name in names:
         source = arguments[name]
         if surplus > 0:
             merged = edit.insert_before(program, node, torch.flatten, (source, 0, surplus))
@@ -60,11 +68,12 @@ def _with_four_axes(program: Program, node: fx.Node) -> None:
         arguments[name] = merged
     attention = edit.replace(program, node, torch.nn.functional.scaled_dot_product_attention, (), arguments)
     if surplus > 0:
-        edit.insert_after(program, attention, torch.unflatten, (attention, 0, (-1, *leading)))
+        edit.insert_after(program, attention, torch.unflatten, (attention, 0, (-1, *shape[1:-3])))
     else:
         edit.insert_after(program, attention, torch.squeeze, (attention, 1))
 
 
-def _rank(program: Program, value: Any) -> int | None:
+def _shape(program: Program, value: Any) -> tuple[int, ...]:
+    """Empty where it is not known."""
     spec = program.analysis(shapes).get(value.name) if isinstance(value, fx.Node) else None
-    return len(spec.shape) if isinstance(spec, TensorSpec) else None
+    return tuple(spec.shape) if isinstance(spec, TensorSpec) else ()
