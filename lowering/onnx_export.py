@@ -96,22 +96,38 @@ def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
     if axes and program.batch is not None and program.batch.size < 2:
         inputs = program.inputs_with_batch(2)
     shapes = tuple({0: _BATCH} if index in axes else None for index in range(len(inputs)))
-    with torch.no_grad(), _quiet_exporter():
-        exported = torch.onnx.export(
-            program.flat_module(),
-            tuple(tensor.detach() for tensor in inputs),
-            dynamo=True,
-            verbose=False,
-            dynamic_shapes=shapes if axes else None,
-            input_names=list(program.signature.names),
-            output_names=_output_names(program),
-        )
-    assert exported is not None
+
+    def exported(*, optimize: bool) -> onnx_ir.Model:
+        with torch.no_grad(), _quiet_exporter():
+            found = torch.onnx.export(
+                program.flat_module(),
+                tuple(tensor.detach() for tensor in inputs),
+                dynamo=True,
+                verbose=False,
+                dynamic_shapes=shapes if axes else None,
+                input_names=list(program.signature.names),
+                output_names=_output_names(program),
+                optimize=optimize,
+            )
+        assert found is not None
+        return found.model
+
+    model = exported(optimize=True)
+    if _lost(model):
+        # seen where its optimizer joins two Clips: it forgets to register the bounds. ONNX Runtime optimizes too.
+        _log.debug("the exporter's optimizer lost %s; exported without it", ", ".join(_lost(model)))
+        model = exported(optimize=False)
     # The exporter leaves a stack trace on every node: larger than the graph, and it names the user's paths.
-    ir_passes.ClearMetadataAndDocStringPass()(exported.model)
-    # It may also leave nodes before what they take (seen where it splits an operator into several).
-    ir_passes.TopologicalSortPass()(exported.model)
-    return exported.model
+    ir_passes.ClearMetadataAndDocStringPass()(model)
+    return model
+
+
+def _lost(model: onnx_ir.Model) -> list[str]:
+    """Values that nodes of the main graph take and that nothing gives."""
+    given = {value.name for value in (*model.graph.inputs, *model.graph.initializers.values())}
+    given.update(value.name for node in model.graph for value in node.outputs)
+    taken = (value for node in model.graph for value in node.inputs if value is not None)
+    return [str(value.name) for value in taken if value.name not in given]
 
 
 def _output_names(program: Program) -> list[str]:

@@ -326,3 +326,19 @@ def test_attention_over_any_number_of_axes_with_a_mask(shape: tuple[int, ...], l
     compiled = fxopt.compile(Masked().eval(), inputs(2), passes=[])
     others = inputs(5)
     torch.testing.assert_close(compiled(*others), Masked()(*others), rtol=1e-4, atol=1e-5)
+
+
+def test_bounds_that_are_buffers_survive_two_clamps_in_a_row() -> None:
+    class Clamped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, value in {"low": -1.0, "high": 1.0, "lower": -0.5, "higher": 0.7}.items():
+                self.register_buffer(name, torch.tensor(value))
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            y = torch.clamp(x, self.low, self.high)
+            return torch.clamp(y, self.lower, self.higher), torch.clamp(y, self.low, self.higher)
+
+    compiled = fxopt.compile(Clamped().eval(), torch.randn(2, 8), passes=[])
+    x = torch.randn(3, 8)
+    torch.testing.assert_close(compiled(x), Clamped()(x))
