@@ -26,6 +26,9 @@ __all__ = [
     "raise_calls",
     "replace",
     "set_arguments",
+    "set_call",
+    "set_module",
+    "set_parameter",
     "set_tensor",
 ]
 
@@ -145,6 +148,60 @@ def set_arguments(
 ) -> None:
     """Gives `node` other arguments; what it calls stays."""
     node.args, node.kwargs = tuple(args), dict(kwargs or {})
+    program._changed()
+
+
+def set_call(
+    program: Program,
+    node: fx.Node,
+    target: Callable[..., Any],
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any] | None = None,
+) -> None:
+    """Makes `node`, which calls no module, call another function; unlike with `replace`, its name stays.
+
+    Raises:
+        InputError: if it calls a module, or nothing.
+    """
+    if node.op not in ("call_function", "call_method"):
+        raise InputError(f"{node.name} calls no function")
+    node.op, node.target = "call_function", target
+    node.args, node.kwargs = tuple(args), dict(kwargs or {})
+    program._changed()
+
+
+def set_module(program: Program, node: fx.Node, module: nn.Module) -> None:
+    """Puts another module in the place of the one that `node` calls, for all of its callers.
+
+    Raises:
+        InputError: if the node calls no module.
+    """
+    callers = program.callers(node)
+    if not callers:
+        raise InputError(f"{node.name} calls no module")
+    module.train(program.training)
+    for path in {str(caller.target) for caller in callers}:
+        program._place(path, module)
+    program._changed()
+
+
+def set_parameter(program: Program, node: fx.Node, value: torch.Tensor) -> None:
+    """Gives the path that a `get_attr` node reads another tensor, for all of its readers.
+
+    A parameter stays a parameter (with the old `requires_grad`), a buffer a buffer.
+
+    Raises:
+        InputError: if the node reads no tensor.
+    """
+    old = program.tensor_of(node)
+    if old is None:
+        raise InputError(f"{node.name} reads no tensor")
+    owner, _, name = str(node.target).rpartition(".")
+    holder = program._root.get_submodule(owner)
+    if isinstance(old, nn.Parameter):
+        setattr(holder, name, nn.Parameter(value.detach(), requires_grad=old.requires_grad))
+    else:
+        setattr(holder, name, value.detach())
     program._changed()
 
 

@@ -211,6 +211,37 @@ def test_insert_tensor(program: Program, name: str, trains: bool, path: str) -> 
     assert is_legal(program)
 
 
+def test_set_call_keeps_the_name(program: Program) -> None:
+    node = program.node("mul")
+    edit.set_call(program, node, torch.sub, node.args, {"alpha": 2})
+    assert program.node("mul") is node
+    assert program.op(node) == "sub"
+    with pytest.raises(InputError, match="conv calls no function"):
+        edit.set_call(program, program.node("conv"), torch.sub, ())
+
+
+def test_set_module_is_for_all_callers(program: Program) -> None:
+    before = program.copy()
+    other = nn.Conv2d(3, 3, 1, bias=False)
+    edit.set_module(program, program.node("twice"), other)
+    assert program.module_of(program.node("twice_1")) is other
+    assert before.module_of(before.node("twice")) is not other
+    assert is_legal(program)
+    with pytest.raises(InputError, match="add calls no module"):
+        edit.set_module(program, program.node("add"), other)
+
+
+def test_set_parameter_keeps_what_it_is(program: Program) -> None:
+    before = program.copy()
+    edit.set_parameter(program, program.node("scale"), torch.full((3, 1, 1), 2.0))
+    parameters = dict(program.module.named_parameters())
+    assert torch.equal(parameters["scale"], torch.full((3, 1, 1), 2.0))
+    assert parameters["scale"].requires_grad
+    assert torch.equal(dict(before.module.named_parameters())["scale"], torch.full((3, 1, 1), 0.5))
+    with pytest.raises(InputError, match="conv reads no tensor"):
+        edit.set_parameter(program, program.node("conv"), torch.ones(1))
+
+
 def test_clean_removes_dead_nodes_modules_and_tensors(program: Program) -> None:
     edit.insert_before(program, program.node("add"), nn.Linear(3, 3), (program.node("act"),), name="dead")
     edit.insert_tensor(program, program.node("add"), torch.ones(1), name="unread")
@@ -228,6 +259,9 @@ EDITS: list[Callable[[Program, fx.Node], object]] = [
     lambda program, node: edit.replace(program, node, nn.Sigmoid()),
     lambda program, node: edit.bypass(program, node, program.node("conv")),
     lambda program, node: edit.set_arguments(program, node, (program.node("x"),)),
+    lambda program, node: edit.set_call(program, program.node("mul"), torch.add, (node, 1.0)),
+    lambda program, node: edit.set_module(program, program.node("conv"), nn.Conv2d(3, 3, 1)),
+    lambda program, node: edit.set_parameter(program, program.node("scale"), torch.ones(3, 1, 1)),
     lambda program, node: edit.set_tensor(program, program.node("conv"), "bias", torch.ones(3)),
     lambda program, node: edit.insert_tensor(program, node, torch.ones(1), name="extra"),
 ]

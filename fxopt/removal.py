@@ -1,0 +1,76 @@
+"""Removes channels from a program: slices the tensors that hold them, and has the sizes that are written out follow.
+
+`analysis/channels.py` says what belongs to a channel; this carries a removal out, through `fxopt.edit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import nn
+
+from fxopt import edit
+from fxopt.analysis.channels import Channels, Member
+from fxopt.program import Program
+from fxopt.sharing import share_module
+from fxopt.written_sizes import rewrite_sizes
+
+__all__ = ["remove_channels"]
+
+
+def remove_channels(program: Program, channels: Channels, units: Sequence[int]) -> Channels:
+    """Removes units from a program.
+
+    Args:
+        program: is edited.
+        channels: its channels.
+        units: what to remove, none of it locked.
+
+    Returns:
+        The channels that the program has afterwards.
+    """
+    left = channels.without(units)
+    gone = torch.tensor(sorted(units), dtype=torch.int64)
+    nodes = {node.name: node for node in program.nodes}
+    # before the tensors: what is written out is compared with the modules as they were
+    rewrite_sizes(program, channels, left)
+    holders: dict[int, list[Member]] = {}
+    for item in channels.members:
+        if bool(torch.isin(item.labels, gone).any()):
+            held = program.module_of(nodes[item.node]) or program.tensor_of(nodes[item.node])
+            holders.setdefault(id(held), []).append(item)
+    for members in holders.values():
+        node = nodes[members[0].node]
+        module, tensor = program.module_of(node), program.tensor_of(node)
+        if module is not None:
+            edit.set_module(program, node, _smaller(module, members, gone))
+        if tensor is not None:
+            smaller = _sliced(tensor, members[0], gone)
+            for reader in {str(nodes[item.node].target): nodes[item.node] for item in members}.values():
+                edit.set_parameter(program, reader, smaller)
+    return left
+
+
+def _smaller(module: nn.Module, members: Sequence[Member], gone: torch.Tensor) -> nn.Module:
+    """A module without these channels: other tensors, other sizes."""
+    smaller = share_module(module)
+    # one that is called at several places has the same members at each
+    for item in {(member.name, member.axis): member for member in members}.values():
+        if item.axis is None:
+            count = len(_kept(item, gone))
+            setattr(smaller, item.name, (count,) if item.name == "normalized_shape" else count)
+            continue
+        old = getattr(smaller, item.name)
+        new = _sliced(old, item, gone)
+        setattr(smaller, item.name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
+    return smaller
+
+
+def _sliced(tensor: torch.Tensor, item: Member, gone: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().index_select(cast("int", item.axis), _kept(item, gone).to(tensor.device))
+
+
+def _kept(item: Member, gone: torch.Tensor) -> torch.Tensor:
+    return torch.nonzero(~torch.isin(item.labels, gone)).reshape(-1)

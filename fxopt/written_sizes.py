@@ -1,0 +1,239 @@
+"""Sizes that a graph has written out: shapes of views, sizes of parts, bounds of slices, the scale of attention.
+
+When channels are removed, sizes that the graph asks a tensor for follow by themselves. Numbers that are written out,
+or that are computed and come to something else now, are replaced by what they have to be.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import fx, nn
+
+from fxopt import edit
+from fxopt.analysis.channels import Channels
+from fxopt.analysis.labels import Labels
+from fxopt.ops import Call
+from fxopt.program import Program
+
+__all__ = ["rewrite_sizes"]
+
+
+def rewrite_sizes(program: Program, old: Channels, new: Channels) -> None:
+    """Replaces the numbers that no longer fit.
+
+    Args:
+        program: is edited.
+        old: its channels.
+        new: the channels that will be left; the tensors of the program may still hold all.
+    """
+    numbers = _Numbers(program, new)
+    for node in program.nodes:
+        touched = [item.name for item in (node, *node.all_input_nodes)]
+        if any(_shape(old.values[name]) != _shape(new.values[name]) for name in touched):
+            call = program.call(node)
+            rewrite = _REWRITES.get(call.op)
+            if rewrite is not None:
+                rewrite(_Site(program, node, call, old, new, numbers))
+
+
+@dataclass(frozen=True)
+class _Site:
+    """A call whose operands or results change size."""
+
+    program: Program
+    node: fx.Node
+    call: Call
+    old: Channels
+    new: Channels
+    numbers: _Numbers
+
+    @property
+    def source(self) -> fx.Node:
+        return cast("fx.Node", self.call.arguments.get("input", self.node.args[0]))
+
+    @property
+    def before(self) -> Labels:
+        """Of the first argument."""
+        return cast("Labels", self.old.values[self.source.name])
+
+    @property
+    def after(self) -> Labels:
+        """Of the first argument."""
+        return cast("Labels", self.new.values[self.source.name])
+
+    def number(self, name: str, default: Any = None) -> Any:
+        """What an argument comes to afterwards."""
+        return self.numbers.of(self.call.arguments.get(name, default))
+
+    def set(self, target: Callable[..., Any], *args: Any) -> None:
+        edit.set_call(self.program, self.node, target, (self.source, *args))
+
+
+class _Numbers:
+    """What the nodes that compute numbers give once the channels are gone."""
+
+    def __init__(self, program: Program, new: Channels) -> None:
+        self._program = program
+        self._new = new
+        self._found: dict[fx.Node, Any] = {}
+
+    def of(self, argument: Any) -> Any:
+        """The number, or structure of numbers, that an argument stands for."""
+        return fx.node.map_arg(argument, self._of_node)
+
+    def _of_node(self, node: fx.Node) -> Any:
+        if node not in self._found:
+            self._found[node] = self._compute(node)
+        return self._found[node]
+
+    def _compute(self, node: fx.Node) -> Any:
+        call = self._program.call(node)
+        source = call.arguments.get("input")
+        value = self._new.values[source.name] if isinstance(source, fx.Node) else None
+        if isinstance(value, Labels) and call.op == "size":
+            dim = call.arguments.get("dim")
+            return value.shape if dim is None else value.shape[self.of(dim)]
+        if isinstance(value, Labels) and call.op == "getattr" and call.arguments["name"] == "shape":
+            return value.shape
+        if isinstance(value, Labels) or node.op != "call_function":
+            return self._new.values[node.name]
+        return cast("Any", node.target)(*self.of(node.args), **self.of(dict(node.kwargs)))
+
+
+def _reshape(site: _Site) -> None:
+    _set_sizes(site, "shape", torch.reshape)
+
+
+def _expand(site: _Site) -> None:
+    _set_sizes(site, "sizes", torch.Tensor.expand)
+
+
+def _set_sizes(site: _Site, name: str, target: Callable[..., Any]) -> None:
+    listed = list(site.call.arguments[name])
+    wanted = site.new.values[site.node.name].shape
+    whole = site.numbers.of(listed[0])
+    if isinstance(whole, tuple | list):
+        # one value for the whole shape; -1 keeps the batch free
+        if tuple(whole) != wanted:
+            site.set(target, [-1, *wanted[1:]])
+        return
+    fitting = _fitting(site, listed, wanted)
+    if fitting != listed:
+        site.set(target, fitting)
+
+
+def _unflatten(site: _Site) -> None:
+    module = cast("nn.Unflatten | None", site.call.module)
+    dim: Any = site.number("dim") if module is None else module.dim
+    sizes: Any = site.call.arguments["sizes"] if module is None else module.unflattened_size
+    listed = list(site.numbers.of(sizes)) if isinstance(sizes, fx.Node) else list(sizes)
+    start = site.before.index(dim)
+    fitting = _fitting(site, listed, site.new.values[site.node.name].shape[start : start + len(listed)])
+    if fitting != listed and module is not None:
+        edit.set_module(site.program, site.node, nn.Unflatten(dim, tuple(fitting)))
+    elif fitting != listed:
+        site.set(torch.unflatten, dim, fitting)
+
+
+def _fitting(site: _Site, sizes: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
+    """Each size as it is if it comes to what is wanted, or is left open (-1); else what is wanted."""
+    return [item if site.numbers.of(item) in (-1, size) else size for item, size in zip(sizes, wanted, strict=True)]
+
+
+def _parts(site: _Site) -> None:
+    """Parts that no longer follow from a count, a size or bounds are given a list of sizes."""
+    dim = site.before.index(site.number("dim", site.node.kwargs.get("dim", 0)))
+    sizes = [item.shape[dim] for item in site.new.values[site.node.name]]
+    places = torch.arange(site.after.shape[dim])
+    parts: Sequence[Any] = ()
+    if site.call.op == "chunk":
+        parts = places.chunk(site.number("chunks"))
+    elif site.call.op == "split" and isinstance(site.number("split_size"), int):
+        parts = cast("Any", places).split(site.number("split_size"))
+    if [len(part) for part in parts] != sizes:
+        site.set(torch.split, sizes, dim)
+
+
+def _tensor_split(site: _Site) -> None:
+    dim = site.before.index(
+        cast("int", site.node.args[2] if len(site.node.args) > 2 else site.node.kwargs.get("dim", 0))
+    )
+    if site.before.shape[dim] != site.after.shape[dim]:
+        site.set(torch.split, [item.shape[dim] for item in site.new.values[site.node.name]], dim)
+
+
+def _slice(site: _Site) -> None:
+    dim = site.before.index(site.number("dim", 0))
+    if site.before.shape[dim] != site.after.shape[dim]:
+        bounds = site.call.arguments.get("start"), site.call.arguments.get("end")
+        site.set(torch.ops.aten.slice.Tensor, dim, *_moved(site, *bounds))
+
+
+def _narrow(site: _Site) -> None:
+    dim = site.before.index(site.number("dim"))
+    if site.before.shape[dim] != site.after.shape[dim]:
+        start, length = site.call.arguments["start"], site.call.arguments["length"]
+        begin, end = _moved(site, start, start + length)
+        site.set(torch.narrow, dim, begin, end - begin)
+
+
+def _getitem(site: _Site) -> None:
+    if not isinstance(site.old.values[site.source.name], Labels):
+        return  # one of several tensors
+    index = site.call.arguments["index"]
+    items = list(index) if isinstance(index, tuple | list) else [index]
+    changed = list(items)
+    axis = 0
+    for position, item in enumerate(items):
+        if item is Ellipsis:
+            axis = len(site.before.shape) - sum(1 for later in items[position + 1 :] if later is not None)
+        elif item is not None:
+            if isinstance(item, slice) and site.before.shape[axis] != site.after.shape[axis] and item != slice(None):
+                changed[position] = slice(*_moved(site, item.start, item.stop))
+            axis += 1
+    if changed != items:
+        edit.set_arguments(site.program, site.node, (site.source, tuple(changed)))
+
+
+def _moved(site: _Site, start: Any, stop: Any) -> tuple[int, int]:
+    """Where a range of the first argument's channels begins and ends once some of them are gone."""
+    left = set(site.after.compact.reshape(-1).tolist())
+    kept = [label in left for label in site.before.compact.reshape(-1).tolist()]
+    before = _Numbers(site.program, site.old)
+    begin, end, _ = slice(before.of(start), before.of(stop)).indices(len(kept))
+    return sum(kept[:begin]), sum(kept[:end])
+
+
+def _attention(site: _Site) -> None:
+    """The scale stays what it was, one over the root of the original number of channels."""
+    query = cast("fx.Node", site.call.arguments["query"]).name
+    before, after = site.old.values[query].shape[-1], site.new.values[query].shape[-1]
+    if before != after and site.call.arguments.get("scale") is None:
+        edit.set_arguments(site.program, site.node, (), {**site.call.arguments, "scale": 1 / math.sqrt(before)})
+
+
+def _shape(value: Any) -> Any:
+    if isinstance(value, Labels):
+        return value.shape
+    return tuple(map(_shape, value)) if isinstance(value, tuple | list) else None
+
+
+_REWRITES: Mapping[str, Callable[[_Site], None]] = {
+    "view": _reshape,
+    "reshape": _reshape,
+    "expand": _expand,
+    "unflatten": _unflatten,
+    "split": _parts,
+    "chunk": _parts,
+    "unknown:aten.tensor_split.indices": _tensor_split,
+    "unknown:aten.tensor_split.sections": _tensor_split,
+    "slice": _slice,
+    "narrow": _narrow,
+    "getitem": _getitem,
+    "scaled_dot_product_attention": _attention,
+}
