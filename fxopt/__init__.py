@@ -19,6 +19,7 @@ from fxopt.errors import (
     RegistryError,
     VerificationError,
 )
+from fxopt.frontends.capture import StateWarning
 from fxopt.manager import NoMatchWarning, PassManager, RollbackWarning
 from fxopt.passes_base import Pass, Plan, Rewrite, Skip
 from fxopt.program import Program
@@ -50,6 +51,7 @@ __all__ = [
     "Rewrite",
     "RollbackWarning",
     "Skip",
+    "StateWarning",
     "Target",
     "VerificationError",
     "capture",

@@ -90,6 +90,9 @@ class Compiled:
             target=ready.target,
         )
 
+    def __reduce__(self) -> str:
+        raise TypeError("a compiled model is not pickled: save it with compiled.save(folder), load it with fxopt.load")
+
     def __repr__(self) -> str:
         if self._finished is None:
             return "<Compiled: captured at the first call>"
@@ -209,6 +212,8 @@ def explain(
     """
     manager = PassManager(passes)
     if isinstance(model, Program):
+        if example_inputs is not None:
+            raise InputError("a program has its example inputs: write explain(program, passes=...)")
         return manager.explain(model)
     return manager.explain(_capture(model, example_inputs, frontend=frontend, calibration=calibration, target=target))
 
@@ -305,5 +310,6 @@ def _check_parity(program: Program, engine: Engine, backend: Backend) -> None:
         if not difference.within(max(backend.tolerance, reference.tolerance)):
             raise BackendError(
                 f"the {backend.name} engine answers differently from the program: {difference}. "
-                'verify="structure" compiles it all the same; please report the model.'
+                'verify="structure" compiles it all the same, as is right for a model that draws random numbers; '
+                "please report one that does not."
             )

@@ -320,6 +320,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if debug:
             raise
         text = error.format_message() if isinstance(error, typer.TyperException) else str(error)
+        if not text:  # the help was shown, as there was no command
+            sys.exit(_USER_ERROR)
         print(f"fxopt: error: {one_line(text)}", file=sys.stderr)  # noqa: T201 (the command talks to its user)
         sys.exit(_USER_ERROR)
     except typer.Abort:
@@ -362,6 +364,8 @@ def _specs(texts: Sequence[str] | None) -> list[str]:
             elif character == "," and depth <= 0:
                 found.append(text[start:position].strip())
                 start = position + 1
+        # a bracket or quote that is left open: the spec's own error says so
+        found.append(text[start:].strip())
     return [spec for spec in found if spec]
 
 

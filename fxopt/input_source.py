@@ -158,7 +158,7 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         InputError: if the file is not there, or is not what its suffix says.
     """
     if not path.is_file():
-        raise InputError(f"{path} does not exist")
+        raise InputError(f"{path} is a folder" if path.is_dir() else f"{path} does not exist")
     try:
         if path.suffix == ".npy":
             return {path.stem: _from_array(numpy.load(path, allow_pickle=False))}
@@ -168,7 +168,7 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         return _named(torch.load(path, map_location="cpu", weights_only=True), path)
-    except (OSError, ValueError, TypeError, EOFError, RuntimeError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, LookupError, RuntimeError, zipfile.BadZipFile) as error:
         raise InputError(f"cannot read {path}: {first_line(error)}") from error
     except pickle.UnpicklingError as error:
         raise InputError(f"{path} is no plain tensor file; objects of Python classes are never unpickled") from error

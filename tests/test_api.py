@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
@@ -153,6 +154,8 @@ def test_explain_takes_models_and_programs_and_applies_nothing(model: nn.Module)
     text = program.text()
     (plan,) = fxopt.explain(program, passes=[FoldBatchNorm()])
     assert plan == fxopt.explain(program, passes="fold_batch_norm")[0]
+    with pytest.raises(InputError, match=r"a program has its example inputs: write explain\(program, passes=\.\.\.\)"):
+        fxopt.explain(program, ["fold_batch_norm"])
     assert program.text() == text
 
 
@@ -237,3 +240,8 @@ def test_a_dropout_that_is_never_switched_off_is_refused_by_engines_for_inferenc
 def test_a_target_must_be_a_target() -> None:
     with pytest.raises(InputError, match=r"target must be a fxopt\.Target"):
         fxopt.compile(nn.Linear(3, 3), torch.randn(4, 3), target="cpu")  # type: ignore[arg-type]
+
+
+def test_a_compiled_model_is_not_pickled(model: nn.Module) -> None:
+    with pytest.raises(TypeError, match=r"save it with compiled\.save\(folder\)"):
+        pickle.dumps(fxopt.compile(model, IMAGE, backend="eager"))

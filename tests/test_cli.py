@@ -297,6 +297,10 @@ def test_exported_program(command: Command) -> None:
         ("explain zoo:make --input 2x3x8x8 --passes fold_batch_norm(eps=1)", "fold_batch_norm has no option 'eps'"),
         ("explain zoo:make --input 2x3x8x8 --passes fold_batch_norm(a={[]:1})", "is not a spec"),
         (f"explain zoo:make --input 2x3x8x8 --passes x{'-' * 100_000}", "is not a spec"),
+        ("explain zoo:make --input 2x3x8x8 --passes simplify,fold_batch_norm(clone_shared=True", "is not a spec"),
+        ("explain zoo:make --input 2x3x8x8 --passes simplify'", "is not a spec"),
+        ("show zoo:make --input 2x3x8x8 --weights junk.pt", "cannot read junk.pt"),
+        ("show zoo:make --input 2x3x8x8 --weights .", ". is a folder"),
         ("compile zoo:make --input 2x3x8x8 --backend onnx(num_threads=0.5) -o out", "num_threads must be an integer"),
         ("compile zoo:make --input 2x3x8x8 --backend nothing -o out", "no backend named 'nothing'"),
         ("compile zoo:make --input 2x3x8x8", "--output"),
@@ -308,6 +312,7 @@ def test_exported_program(command: Command) -> None:
 )  # fmt: skip
 def test_user_errors_are_one_line_and_exit_code_2(command: Command, arguments: str, message: str) -> None:
     Path("zoo.py.pt2").write_text("no archive", encoding="utf-8")
+    Path("junk.pt").write_text("hi", encoding="utf-8")
     Path("zoo_misspelt.py").write_text("def make(:\n", encoding="utf-8")
     Path("zoo_failing.py").write_text("1 / 0\n", encoding="utf-8")
     result = command(*arguments.split())

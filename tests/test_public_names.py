@@ -34,6 +34,7 @@ PUBLIC = [
     "Rewrite",
     "RollbackWarning",
     "Skip",
+    "StateWarning",
     "Target",
     "VerificationError",
     "capture",
@@ -67,6 +68,8 @@ def test_public_names() -> None:
         "DEFAULT",
         "FoldBatchNorm",
         "MergeBranches",
+        "PruneChannels",
+        "ReestimateBatchNorm",
         "Simplify",
     ]
     assert sorted(importlib.import_module("fxopt.lowering").__all__) == ["EagerBackend", "OnnxBackend"]

@@ -93,6 +93,9 @@ class Attention(nn.Module):
             output = output.transpose(0, 1)
         if weights is not None and average_attn_weights:
             weights = weights.mean(dim=-3)
+        if self.training and self.batch_first:
+            # sequence first in memory, as torch has it: a dropout behind it draws its random zeros in that order
+            return self.out_proj(output.transpose(0, 1).contiguous()).transpose(0, 1), weights
         return self.out_proj(output), weights
 
     def _project(self, query: Any, key: Any, value: Any) -> tuple[Any, Any, Any]:

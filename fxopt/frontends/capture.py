@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import warnings
 from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
@@ -20,11 +21,15 @@ from fxopt.signature import Signature
 from fxopt.structure import Structure, flatten
 from fxopt.target import Target
 
-__all__ = ["Frontend", "capture"]
+__all__ = ["Frontend", "StateWarning", "capture"]
 
 _log = logging.getLogger(__name__)
 
 Frontend = Literal["auto", "symbolic", "export"]
+
+
+class StateWarning(UserWarning):
+    """The model writes into a buffer whenever it is called, and what is captured does not."""
 
 
 def capture(
@@ -84,7 +89,9 @@ def _capture(
                 names.insert(0, name)
             continue
         program.report.notes += [f"captured by {name}: {'; '.join(reasons)}"] if reasons else []
-        program.report.notes += [note for note in (captured.note, subject.fixed_batch) if note]
+        program.report.notes += [note for note in (captured.note, subject.fixed_batch, subject.state) if note]
+        if subject.state is not None:
+            warnings.warn(subject.state, StateWarning, stacklevel=4)
         opaque = _opaque(program)
         if frontend == "auto" and name == "symbolic" and opaque:
             opaque_choice = program
@@ -94,7 +101,7 @@ def _capture(
     if opaque_choice is not None:
         opaque_choice.report.notes.append(f"captured by symbolic with opaque calls: {'; '.join(reasons)}")
         return opaque_choice
-    raise CaptureError("the model could not be captured. " + "; ".join(reasons))
+    raise CaptureError("the model could not be captured. " + "; ".join(dict.fromkeys(reasons)))
 
 
 class _Subject(NamedTuple):
@@ -107,15 +114,19 @@ class _Subject(NamedTuple):
     batch: BatchAxis | None
     cases: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]]
     fixed_batch: str | None
+    state: str | None
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any) -> _Subject:
         private = _private_copy(model)
         signature, inputs = Signature.of(private, example_inputs)
         _check_devices(private, inputs)
-        inputs = tuple(tensor.detach() for tensor in inputs)
+        # a tensor of inference mode cannot take part in an export: what is no view of it can
+        inputs = tuple(tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs)
+        if next((tensor.shape[0] for tensor in inputs if tensor.ndim), 1) == 0:
+            raise InputError("the example inputs hold no sample, so nothing could be checked: pass at least one")
         try:
-            answers, outputs = _answers(private, signature, inputs)
+            answers, outputs, written = _answers(private, signature, inputs)
         except InputError:
             raise
         except Exception as error:  # the model's own code refuses the inputs in its own way
@@ -133,7 +144,8 @@ class _Subject(NamedTuple):
             except Exception as error:  # noqa: BLE001 (a model may refuse in any way; the reason is kept)
                 fixed_batch = f"the model takes a batch of {batch.size} and fails on {other} ({first_line(error)})"
                 batch = None
-        return cls(private, signature, outputs, inputs, batch, cases, fixed_batch)
+        state = _state(private, written)
+        return cls(private, signature, outputs, inputs, batch, cases, fixed_batch, state)
 
 
 def _trace(name: str, subject: _Subject) -> Captured:
@@ -238,6 +250,9 @@ def _checked(model: nn.Module) -> nn.Module:
     lazy = next((name for name, item in tensors if isinstance(item, uninitialised)), None)
     if lazy is not None:
         raise InputError(f"{lazy} is not initialised yet: call the model once, then capture it")
+    empty = next((name for name, item in tensors if item.is_meta), None)
+    if empty is not None:
+        raise InputError(f"{empty} is on the meta device, where it has no values: load the model's weights first")
     return model
 
 
@@ -260,14 +275,25 @@ def _check_devices(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
             raise InputError(f"an example input is on {tensor.device}, the model on {held}: move one to the other")
 
 
+def _state(model: nn.Module, written: list[str]) -> str | None:
+    """What is worth knowing about buffers that modules in evaluation mode write; in training many do, and may."""
+    modules = dict(model.named_modules())
+    kept = [name for name in written if not modules[name.rpartition(".")[0]].training]
+    return f"the model keeps state in {', '.join(kept)}: an engine answers every call like the first" if kept else None
+
+
 def _answers(
     model: nn.Module, signature: Signature, inputs: tuple[torch.Tensor, ...]
-) -> tuple[list[torch.Tensor], Structure]:
-    """The model's flat outputs and their structure, with a fixed random state; what the run writes is undone."""
+) -> tuple[list[torch.Tensor], Structure, list[str]]:
+    """The model's flat outputs, their structure, and the buffers that it wrote, which is undone.
+
+    The run starts from a fixed random state.
+    """
     args, kwargs = signature.call_arguments([tensor.clone() for tensor in inputs])
     # attributes that the code assigns stay on the shared copy, buffers that it writes into are put back
-    with torch.no_grad(), fixed_random_state(), buffers_restored(model):
-        return flatten(share_module(model)(*args, **kwargs))
+    with torch.no_grad(), fixed_random_state(), buffers_restored(model) as written:
+        answers, outputs = flatten(share_module(model)(*args, **kwargs))
+    return answers, outputs, written
 
 
 def _guess_batch(inputs: tuple[torch.Tensor, ...]) -> BatchAxis | None:
