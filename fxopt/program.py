@@ -64,6 +64,7 @@ class Program:
         self._graph = _copy_graph(module.graph)
         self._module: fx.GraphModule | None = None
         self._modules_by_path: dict[str, nn.Module] = {}
+        self._nodes_by_name: dict[str, fx.Node] = {}
         self._edits = 0
         self._analyses: dict[Callable[[Program], Any], Any] = {}
         self.signature = signature
@@ -112,10 +113,11 @@ class Program:
         Raises:
             InputError: if there is none.
         """
-        for node in self.nodes:
-            if node.name == name:
-                return node
-        raise InputError(f"the program has no node {name!r}")
+        if not self._nodes_by_name:
+            self._nodes_by_name = {node.name: node for node in self._graph.nodes}
+        if name not in self._nodes_by_name:
+            raise InputError(f"the program has no node {name!r}")
+        return self._nodes_by_name[name]
 
     def op(self, node: fx.Node) -> str:
         """Canonical operator name of a node: "relu", "placeholder", "unknown:some.function"."""
@@ -232,6 +234,7 @@ class Program:
         clone._graph = _copy_graph(self._graph)
         clone._module = None
         clone._modules_by_path = {}
+        clone._nodes_by_name = {}
         clone._analyses = dict(self._analyses)
         clone.report = self.report.copy()
         return clone
@@ -247,6 +250,7 @@ class Program:
         """Called by `fxopt.edit` after every edit."""
         self._edits += 1
         self._module = None
+        self._nodes_by_name = {}
         self._analyses.clear()
 
     def _place(self, path: str, module: nn.Module) -> None:

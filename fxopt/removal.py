@@ -63,6 +63,8 @@ def _smaller(module: nn.Module, members: Sequence[Member], gone: torch.Tensor) -
             setattr(smaller, item.name, (count,) if item.name == "normalized_shape" else count)
             continue
         old = getattr(smaller, item.name)
+        if old is None:
+            continue
         new = _sliced(old, item, gone)
         setattr(smaller, item.name, nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new)
     return smaller

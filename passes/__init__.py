@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from fxopt.passes.reestimate_batch_norm import ReestimateBatchNorm
     from fxopt.passes.simplify import Simplify
 
-__all__ = ["DEFAULT", "FoldBatchNorm", "MergeBranches", "PruneChannels", "Simplify"]
+__all__ = ["DEFAULT", "FoldBatchNorm", "MergeBranches", "PruneChannels", "ReestimateBatchNorm", "Simplify"]
 
 DEFAULT = ("simplify", "fold_batch_norm", "merge_branches")
 """The pipeline "default": the exact passes. Identities go first, as they hide patterns from the other two."""

@@ -1,9 +1,10 @@
-"""Removes channels: structured pruning, on any graph whose channels can be followed.
+"""Removes channels: structured pruning of any graph whose channels can be followed.
 
 A *unit* is what can only be removed as a whole: a channel with everything that is added to, multiplied with or computed
 from it, in all layers. Units are scored by a criterion, the least important ones of each group are removed, and the
 model that is left has smaller layers. Nothing is trained: run `reestimate_batch_norm` afterwards, or fine-tune
-`program.module`.
+`program.module`. With calibration data, the layers that read the removed channels are rewritten so that those left make
+up for them, as well as a linear estimate can.
 
 How many: a share of every group (`ratio`), or as many as a budget of MACs or parameters asks for, by one threshold on
 the scores of all groups (each divided by the mean of its group) that is found by bisection. Of a group at least
@@ -28,6 +29,8 @@ from fxopt.analysis.channel_costs import ChannelCosts
 from fxopt.analysis.channel_scope import Attention
 from fxopt.analysis.channels import BY_ATTENTION, ChannelGroup, Channels
 from fxopt.analysis.importance import CRITERIA, group_scores
+from fxopt.analysis.statistics import carry, collect
+from fxopt.compensation import compensate, kept_statistics, readers
 from fxopt.errors import InputError, PassError
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
@@ -55,6 +58,8 @@ class PruneChannels(Pass):
         layers: share to remove by pattern of layer path, instead of what the scope says.
         attention: what to remove of a grid of heads and channels: whole "heads", the same channels of every head
             ("head_dim"), or "none".
+        compensate: with calibration data, rewrite what reads the removed channels so that those kept stand in for them
+            (see `fxopt/compensation.py`).
         min_channels: how many are left of a group at least.
     """
 
@@ -69,6 +74,7 @@ class PruneChannels(Pass):
     ignore: tuple[str, ...] = ()
     layers: Mapping[str, float] = field(default_factory=dict)
     attention: Attention = "head_dim"
+    compensate: bool = True
     min_channels: int = 1
 
     def __post_init__(self) -> None:
@@ -94,6 +100,8 @@ class PruneChannels(Pass):
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per group of channels."""
         channels = program.analysis(BY_ATTENTION[self.attention])
+        # here, so that all rewrites share one run over the data
+        collect(program, self._layers_to_measure(program, channels))
         candidates: list[_Candidate] = []
         for group in channels.groups:
             candidate = self._candidate(program, channels, group)
@@ -107,9 +115,10 @@ class PruneChannels(Pass):
                 yield Skip(group.node, f"{group.name}: all {len(group)} channels are needed")
                 continue
             kept = sorted(set(range(len(group))) - set(candidate.order[:removed].tolist()))
+            places = len({channels.members[index].node for index in group.members})
             yield Rewrite(
                 group.node,
-                f"keep {len(kept)} of {len(group)} channels of {group.name}, in {len(group.members)} places",
+                f"keep {len(kept)} of {len(group)} channels of {group.name}, in {places} places",
                 {"group": group.name, "size": len(group), "kept": kept},
             )
 
@@ -126,7 +135,12 @@ class PruneChannels(Pass):
             )
         kept = set(rewrite.params["kept"])
         gone = [unit for position, unit in enumerate(group.units) if position not in kept]
-        program.remember(analysis, remove_channels(program, channels, gone))
+        statistics = collect(program, self._layers_to_measure(program, channels))
+        if statistics:
+            compensate(program, channels, gone, statistics)
+        left = remove_channels(program, channels, gone)
+        program.remember(analysis, left)
+        carry(program, kept_statistics(program, channels, gone, statistics))
 
     def _candidate(self, program: Program, channels: Channels, group: ChannelGroup) -> _Candidate | str:
         """The group with its ranking, or why it is left alone."""
@@ -147,6 +161,12 @@ class PruneChannels(Pass):
         order = torch.argsort(scores, stable=True)
         mean = float(scores.mean()) or 1.0
         return _Candidate(group, order.numpy(), (scores[order] / mean).numpy(), share)
+
+    def _layers_to_measure(self, program: Program, channels: Channels) -> list[str]:
+        """The layers whose inputs are looked at: none without calibration data."""
+        if not self.compensate or program.calibration is None:
+            return []
+        return [reader.node.name for reader in readers(program, channels)]
 
     @property
     def _budget(self) -> str | None:

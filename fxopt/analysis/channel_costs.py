@@ -96,7 +96,8 @@ def _params(program: Program, channels: Channels) -> Iterable[_Term]:
     axes: dict[int, dict[int, np.ndarray]] = {}
     tensors: dict[int, torch.Tensor] = {id(item): item for item in program.module.parameters()}
     for item in channels.members:
-        if item.axis is not None:
-            axes.setdefault(id(member_tensor(program, item)), {})[item.axis] = item.labels.numpy()
-    for key, tensor in tensors.items():
-        yield _Term(tensor.numel(), tuple(axes.get(key, {}).values()))
+        tensor = member_tensor(program, item)
+        if tensor is not None and item.axis is not None:
+            axes.setdefault(id(tensor), {})[item.axis] = item.labels.numpy()
+    for key, parameter in tensors.items():
+        yield _Term(parameter.numel(), tuple(axes.get(key, {}).values()))

@@ -202,9 +202,7 @@ class Scope:
         return _fixed(self.program.analysis(shapes)[node.name])
 
     def member(self, node: fx.Node, name: str, axis: int | None, labels: torch.Tensor) -> None:
-        """Records what must shrink with these channels. Tensors that are None are left out."""
-        if axis is not None and getattr(self.program.module_of(node), name) is None:
-            return
+        """Records what must shrink with these channels, also where it is None: a bias may be added later."""
         self.members.append(Member(node.name, name, axis, labels))
 
     def lock_numbers(self, node: fx.Node) -> None:

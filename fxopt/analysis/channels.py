@@ -108,11 +108,13 @@ def find_channels(
     return Channels(values, members, tuple(_groups(scope, members)))
 
 
-def member_tensor(program: Program, member: Member) -> torch.Tensor:
-    """The tensor of which a member is an axis."""
+def member_tensor(program: Program, member: Member) -> torch.Tensor | None:
+    """The tensor of which a member is an axis; None if there is none, as of a layer without bias."""
+    if member.axis is None:
+        return None
     node = program.node(member.node)
     found = getattr(program.module_of(node), member.name) if member.name else program.tensor_of(node)
-    return cast("torch.Tensor", found)
+    return cast("torch.Tensor | None", found)
 
 
 BY_ATTENTION: Mapping[Attention, Callable[[Program], Channels]] = {
@@ -183,9 +185,9 @@ def _tie_members(scope: Scope) -> None:
     first: dict[tuple[int, int | None], torch.Tensor] = {}
     read = {id(scope.program.tensor_of(node)): node for node in scope.program.graph.nodes if node.op == "get_attr"}
     for item in scope.members:
-        if item.axis is None:
-            continue
         tensor = member_tensor(scope.program, item)
+        if tensor is None:
+            continue
         tied = first.setdefault((id(tensor), item.axis), item.labels)
         scope.space.join(tied, item.labels, f"shared with fixed channels at {item.node}")
         if id(tensor) in read:

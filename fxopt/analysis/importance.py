@@ -68,9 +68,9 @@ def _weights(program: Program, channels: Channels, group: ChannelGroup) -> Itera
     nodes = {node.name: node for node in program.graph.nodes}
     for index in group.members:
         member = channels.members[index]
-        if member.axis is not None:
-            node = nodes[member.node]
-            yield _Weight(program.op(node), member, member_tensor(program, member).detach().cpu().double())
+        tensor = member_tensor(program, member)
+        if tensor is not None:
+            yield _Weight(program.op(nodes[member.node]), member, tensor.detach().cpu().double())
 
 
 def _by_unit(item: Member, group: ChannelGroup, values: torch.Tensor) -> torch.Tensor:
