@@ -203,6 +203,8 @@ class Scope:
 
     def member(self, node: fx.Node, name: str, axis: int | None, labels: torch.Tensor) -> None:
         """Records what must shrink with these channels, also where it is None: a bias may be added later."""
+        if not hasattr(self.program.module_of(node), name):
+            return  # RMSNorm has no bias
         self.members.append(Member(node.name, name, axis, labels))
 
     def lock_numbers(self, node: fx.Node) -> None:

@@ -267,6 +267,14 @@ def test_what_is_not_followed_is_locked_with_the_reason(name: str) -> None:
     assert_all_removals_exact(program, channels)
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8)], ids=str)
+def test_norms_over_channels(norm: nn.Module) -> None:
+    program = captured(nn.Sequential(nn.Linear(3, 8), norm, nn.GELU(), nn.Linear(8, 2)), 2, 5, 3)
+    channels = find_channels(program)
+    assert free(channels) == {"0.weight": 8}
+    assert_all_removals_exact(program, channels)
+
+
 def test_one_channel_that_meets_all_others_is_locked_alone() -> None:
     model = Model(lambda m, x: m.mix(m.conv(x)[:, 3:4] + m.conv(x)), conv=nn.Conv2d(3, 8, 1), mix=nn.Conv2d(8, 2, 1))
     program = captured(model, 2, 3, 4, 4)
