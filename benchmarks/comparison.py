@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.coverage.numerics import OutputMismatchError, relative_error
 from benchmarks.networks import Network
+from benchmarks.numerics import OutputMismatchError, relative_error
 from benchmarks.timing import Spread, Timings, interleave
 
 NORM_OPS = ("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm")

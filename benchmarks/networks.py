@@ -8,8 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.coverage.numerics import randomise, seed
 from benchmarks.errors import BenchmarkError
+from benchmarks.numerics import randomise, seed
 
 
 class Network(NamedTuple):

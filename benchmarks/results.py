@@ -60,6 +60,16 @@ class Table:
             console.print(escape(note))
 
 
+def shorten(text: str) -> str:
+    """A cell of at most 300 characters: the JSON has the whole."""
+    return text if len(text) <= 300 else f"{text[:297]}..."
+
+
+def number_text(value: float | None, unit: float = 1.0, digits: int = 2) -> str:
+    """A cell: a number in some unit."""
+    return "-" if value is None else f"{value / unit:.{digits}f}"
+
+
 def write_text(path: Path, text: str) -> None:
     """Writes a file so that a reader, or a killed writer, never leaves half of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -84,7 +94,7 @@ def environment() -> dict[str, Any]:
     """What the numbers depend on: versions, instruction set, threads, revision of the repository, date."""
     import torch
 
-    names = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript")
+    names = ("torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxruntime", "onnxscript")
     versions = {name: version for name in names if (version := _version(name)) is not None}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

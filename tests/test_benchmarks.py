@@ -4,25 +4,32 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import coverage
+from benchmarks import coverage, prune_channels
 from benchmarks.__main__ import discover, main
 from benchmarks.batch_norms import foldable
 from benchmarks.comparison import CONV_OPS, NORM_OPS, compare
-from benchmarks.coverage.numerics import OutputMismatchError, randomise, relative_error
-from benchmarks.coverage.pool import Job, run_jobs
-from benchmarks.coverage.row import is_complete, problems
+from benchmarks.coverage.row import STAGES, problems, verdict
 from benchmarks.coverage.table import coverage_table, summary
 from benchmarks.errors import BenchmarkError
 from benchmarks.networks import TRICKY, load_network
+from benchmarks.numerics import Float64, OutputMismatchError, randomise, relative_error
+from benchmarks.prune_channels.peer import time_limit
+from benchmarks.prune_channels.row import has_fallen, outcome, peer_outcome
+from benchmarks.prune_channels.row import problems as pruning_problems
+from benchmarks.prune_channels.table import prune_table
 from benchmarks.results import Table, write_json
 from benchmarks.suites import Case, Entry, Suite, load_suite
+from benchmarks.sweep import Part
+from benchmarks.sweep.pool import Job, run_jobs
 from benchmarks.timing import Spread, interleave
 
 THIS = f"{__name__}:FakeSuite"
@@ -58,8 +65,22 @@ class Crashes(Small):
         os.abort()
 
 
+class Mixes(Small):
+    """The channels are sorted: none can be removed, by fxopt; Torch-Pruning does not see it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.head(self.conv(x).mean((2, 3)).sort(dim=1).values)
+        return y
+
+
 class FakeSuite(Suite):
-    models: ClassVar[dict[str, type[Small]]] = {"small": Small, "hangs": Hangs, "raises": Raises, "crashes": Crashes}
+    models: ClassVar[dict[str, type[Small]]] = {
+        "small": Small,
+        "hangs": Hangs,
+        "raises": Raises,
+        "crashes": Crashes,
+        "mixes": Mixes,
+    }
 
     def entries(self) -> Sequence[Entry]:
         return [Entry(name, "fake", 100) for name in self.models]
@@ -68,15 +89,19 @@ class FakeSuite(Suite):
         return Case(self.models[name](), ((3, 8, 8),))
 
 
-def run_coverage(
-    out: Path, *models: str, timeout: float = 120.0, **options: Any
+def run_benchmark(
+    benchmark: ModuleType, out: Path, *models: str, timeout: float = 120.0, **options: Any
 ) -> tuple[int, dict[str, dict[str, Any]]]:
     parser = argparse.ArgumentParser()
-    coverage.add_arguments(parser)
+    benchmark.add_arguments(parser)
     arguments = ["--suite", THIS, "--models", *models, "--out", str(out), "--timeout", str(timeout), "--no-engine"]
-    code = coverage.run(parser.parse_args([*arguments, *(f"--{key.replace('_', '-')}" for key in options)]))
+    code = benchmark.run(parser.parse_args([*arguments, *(f"--{key.replace('_', '-')}" for key in options)]))
     rows = json.loads(out.read_text())["rows"]
     return code, {row["model"]: row for row in rows}
+
+
+def run_coverage(out: Path, *models: str, **options: Any) -> tuple[int, dict[str, dict[str, Any]]]:
+    return run_benchmark(coverage, out, *models, **options)
 
 
 def test_a_model_goes_through_all_stages_and_a_rerun_does_not_repeat_it(tmp_path: Path) -> None:
@@ -116,11 +141,9 @@ def test_a_failed_row_is_kept_until_retry_failed(tmp_path: Path) -> None:
 
 
 def test_a_job_alone_runs_after_the_others() -> None:
-    jobs = [Job("large", ["true"], alone=True), Job("a", ["true"]), Job("b", ["false"])]
+    jobs = [Job("large", ["true"], 30, alone=True), Job("a", ["true"], 30), Job("b", ["false"], 30)]
     started: list[str] = []
-    outcomes = list(
-        run_jobs(jobs, parallel=2, timeout=30, environment=lambda _: {}, on_start=lambda job: started.append(job.key))
-    )
+    outcomes = list(run_jobs(jobs, parallel=2, environment=lambda _: {}, on_start=lambda job: started.append(job.key)))
     assert started == ["a", "b", "large"]
     assert {outcome.job.key: outcome.returncode for outcome in outcomes} == {"a": 0, "b": 1, "large": 0}
 
@@ -143,12 +166,87 @@ def test_an_error_over_the_bar_is_a_problem_unless_float64_says_rounding() -> No
 
 
 def test_a_row_without_the_engine_is_complete_only_where_none_is_asked_for() -> None:
-    names = ("build", "capture", "fold_batch_norm", "default")
+    names = STAGES[:-1]
+    part = Part("", "", STAGES, 1.0, problems, verdict)
     row = {"stages": {name: stage() for name in names}}
-    assert is_complete(row, engine=False)
-    assert not is_complete(row, engine=True)
+    assert replace(part, names=names).is_complete(row)
+    assert not part.is_complete(row)
     row["stages"]["default"]["ok"] = False
-    assert is_complete(row, engine=True)
+    assert part.is_complete(row)
+
+
+def test_pruning_puts_fxopt_and_its_peer_into_one_row_and_a_rerun_adds_what_is_missing(tmp_path: Path) -> None:
+    out = tmp_path / "prune.json"
+    code, rows = run_benchmark(prune_channels, out, "small", no_peer=True)
+    row = rows["small"]
+    # 1 of 4 channels, the whole share that rounding allows
+    assert (code, outcome(row)) == (0, ("ok", "MACs fall by 25%: 1 x an output of the model"))
+    assert not has_fallen(row)
+    assert peer_outcome(row.get("torch_pruning", {})) == ("", "")
+    assert row["stages"]["prune"]["rewrites"] == 1
+    assert row["stages"]["prune"]["left_alone"] == {"an output of the model": 1}
+    assert max(row["stages"]["exactness"]["errors"].values()) < 1e-12
+    row["revision"] = "of the first run"
+    write_json(out, {"rows": [row]})
+
+    code, rows = run_benchmark(prune_channels, out, "small")
+    row = rows["small"]
+    assert row["revision"] == "of the first run"
+    assert peer_outcome(row["torch_pruning"]) == ("ok", "")
+    assert "Torch-Pruning: 1 of 1 pruned" in out.with_suffix(".md").read_text()
+
+
+def test_what_cannot_be_pruned_is_refused_with_the_reasons(tmp_path: Path) -> None:
+    code, rows = run_benchmark(prune_channels, tmp_path / "prune.json", "mixes", no_peer=True)
+    kind, why = outcome(rows["mixes"])
+    assert (code, kind) == (0, "refused")
+    assert "sort has no rule" in why
+
+
+def pruned(**changes: Any) -> dict[str, Any]:
+    prune = stage(rewrites=1, macs=50, rolled_back=[], left_alone={"an output of the model": 1}, errors={"1": 0.3})
+    measured = {"exactness": stage(errors={"1": 0.0}), "engine": stage(errors={"1": 0.0})}
+    stages = {"build": stage(), "capture": stage(macs=100), "analysis": stage(), "prune": prune, **measured}
+    for name, values in changes.items():
+        stages[name] = {**stages[name], **values}
+    return {"model": "m", "kind": "k", "params": 1, "shapes": [], "stages": stages}
+
+
+def test_a_pruned_row_is_wrong_failed_refused_or_ok() -> None:
+    assert outcome(pruned()) == ("ok", "")
+    assert outcome(pruned(prune={"macs": 90})) == ("ok", "MACs fall by 10%: 1 x an output of the model")
+    assert outcome(pruned(exactness={"errors": {"1": 0.0, "2": 1e-3}}))[0] == "wrong"
+    assert outcome(pruned(engine={"errors": {"1": None}}))[0] == "wrong"
+    assert outcome(pruned(prune={"failures": {"2": "shapes"}})) == ("wrong", "prune: batch 2: shapes")
+    assert outcome(pruned(prune={"rolled_back": ["conv: rolled back"]})) == ("failed", "conv: rolled back")
+    failed = {"ok": False, "reason": "CaptureError: no"}
+    assert outcome({"stages": {"build": stage(), "capture": failed}}) == ("refused", "capture: CaptureError: no")
+    failed = {"ok": False, "reason": "KeyError: 'x'"}
+    assert outcome(pruned(exactness=failed)) == ("failed", "exactness: KeyError: 'x'")
+    assert pruning_problems(pruned(exactness=failed)) == ["failed: exactness: KeyError: 'x'"]
+    assert pruning_problems({"stages": {"capture": {"ok": False, "reason": "CaptureError: no"}}}) == []
+
+
+def test_the_peers_failures_are_counted_by_their_class() -> None:
+    def row(**values: Any) -> dict[str, Any]:
+        peer = {"ok": True, "reason": None, "macs": 1, "macs_before": 2, "seconds": 3.0, **values}
+        return {**pruned(), "torch_pruning": {"stages": {"torch_pruning": peer}}}
+
+    rows = [row(), row(ok=False, reason="IndexError: 5\nmore"), row(failures={"2": "no"}), row(macs=2), pruned()]
+    assert [peer_outcome(each.get("torch_pruning", {})) for each in rows] == [
+        ("ok", ""),
+        ("failed", "IndexError: 5"),
+        ("failed", "batch 2: no"),
+        ("failed", "removed nothing"),
+        ("", ""),
+    ]
+    text = prune_table("s", rows).markdown()
+    assert "Torch-Pruning: 1 of 4 pruned, 1 IndexError, 1 with a batch that does not run, 1 removed nothing" in text
+
+
+def test_the_peer_is_stopped_at_itstime_limit() -> None:
+    with pytest.raises(TimeoutError, match=r"more than 0.05 s"), time_limit(0.05):
+        time.sleep(5)
 
 
 def test_the_table_escapes_and_counts() -> None:
@@ -170,6 +268,12 @@ def test_the_relative_error_is_the_worst_over_nested_outputs() -> None:
         relative_error([a["x"]], a)
     with pytest.raises(OutputMismatchError, match=r"output has shape \(2,\) instead of \(1,\)"):
         relative_error(a["x"], torch.zeros(1))
+
+
+def test_a_model_that_casts_can_run_in_float64() -> None:
+    layer = nn.Linear(3, 2).double()
+    with Float64():
+        assert layer(torch.ones(1, 3, dtype=torch.float64).float()).dtype == torch.float64
 
 
 def test_randomised_models_have_no_constant_parameter() -> None:
@@ -219,7 +323,14 @@ def test_interleaved_timing_pairs_the_rounds() -> None:
 
 
 def test_every_benchmark_file_is_found() -> None:
-    assert list(discover()) == ["coverage", "fold_batch_norm", "merge_branches", "overhead", "simplify"]
+    assert list(discover()) == [
+        "coverage",
+        "fold_batch_norm",
+        "merge_branches",
+        "overhead",
+        "prune_channels",
+        "simplify",
+    ]
 
 
 def test_unknown_names_say_what_there_is(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

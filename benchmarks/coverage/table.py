@@ -10,14 +10,12 @@ from benchmarks.coverage.row import (
     BARS,
     BRIEF,
     COLUMNS,
-    EXACT_FLOAT64,
-    NOISE_FACTOR,
     cells,
     has_rounding,
     problems,
-    shorten,
 )
-from benchmarks.results import Table
+from benchmarks.results import Table, shorten
+from benchmarks.subject import EXACT_FLOAT64, NOISE_FACTOR
 
 
 def coverage_table(suite: str, rows: Sequence[Mapping[str, Any]]) -> Table:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class OutputMismatchError(Exception):
@@ -97,3 +98,16 @@ def relative_error(actual: Any, expected: Any) -> float:
 def double(module: nn.Module) -> nn.Module:
     """A copy in float64."""
     return copy.deepcopy(module).double()
+
+
+class Float64(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """A context in which what asks for float32 gets float64, so that a model that casts can run in float64."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = dict(kwargs or {})
+        if given.get("dtype") is torch.float32:
+            given["dtype"] = torch.float64
+        return func(*args, **given)

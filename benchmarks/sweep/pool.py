@@ -1,4 +1,4 @@
-"""One process per model, with a time limit: a crash or a hang costs that model only."""
+"""Runs processes side by side, each with a time limit: a crash or a hang costs that process only."""
 
 from __future__ import annotations
 
@@ -18,10 +18,18 @@ _TAIL_CHARACTERS = 2000
 
 @dataclass(frozen=True)
 class Job:
-    """A command to run, and whether it needs the machine's memory for itself."""
+    """A command to run.
+
+    Attributes:
+        key: names it.
+        command: the program and its arguments.
+        timeout: seconds after which it is killed.
+        alone: whether it needs the machine's memory for itself.
+    """
 
     key: str
     command: Sequence[str]
+    timeout: float
     alone: bool = False
 
 
@@ -74,7 +82,6 @@ def run_jobs(
     jobs: Sequence[Job],
     *,
     parallel: int,
-    timeout: float,
     environment: Callable[[Job], Mapping[str, str]],
     on_start: Callable[[Job], None],
 ) -> Iterator[Outcome]:
@@ -83,14 +90,13 @@ def run_jobs(
     Yields:
         the outcomes in the order in which jobs end. If the caller stops early, what runs is killed.
     """
-    yield from _run([job for job in jobs if not job.alone], parallel, timeout, environment, on_start)
-    yield from _run([job for job in jobs if job.alone], 1, timeout, environment, on_start)
+    yield from _run([job for job in jobs if not job.alone], parallel, environment, on_start)
+    yield from _run([job for job in jobs if job.alone], 1, environment, on_start)
 
 
 def _run(
     jobs: Sequence[Job],
     parallel: int,
-    timeout: float,
     environment: Callable[[Job], Mapping[str, str]],
     on_start: Callable[[Job], None],
 ) -> Iterator[Outcome]:
@@ -104,7 +110,7 @@ def _run(
                 running.append(_Running(job, environment(job)))
             for each in list(running):
                 returncode = each.process.poll()
-                if returncode is None and each.seconds() < timeout:
+                if returncode is None and each.seconds() < each.job.timeout:
                     continue
                 if returncode is None:
                     each.kill()
