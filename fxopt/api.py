@@ -22,7 +22,7 @@ from fxopt.frontends.capture import capture as _capture
 from fxopt.manager import OnFailure, OnNoMatch, PassManager, Verify
 from fxopt.ops import DROPOUTS, MODE_DEPENDENT
 from fxopt.passes_base import Pass, Plan
-from fxopt.program import Program
+from fxopt.program import Loss, Program
 from fxopt.randomness import fixed_random_state
 from fxopt.registry import make_backend
 from fxopt.report import Report
@@ -117,6 +117,7 @@ def compile(  # noqa: A001 (the name users know from torch)
     passes: Passes = "default",
     backend: str | Backend = "onnx",
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     dynamic_batch: bool = True,
     verify: Verify = "numerics",
     on_no_match: OnNoMatch = "warn",
@@ -133,6 +134,8 @@ def compile(  # noqa: A001 (the name users know from torch)
         passes: a pass, a spec string, or a sequence of these; "default" stands for the exact passes.
         backend: a backend or its spec string, such as "onnx(num_threads=2)".
         calibration: any iterable of batches; of each the first N entries are the model's N inputs.
+        loss: for passes that look at its gradients: a function of the model's outputs and the rest of a calibration
+            batch. None is cross-entropy for targets of integers, mean squared error for others.
         dynamic_batch: whether the engine takes any batch size.
         verify: "numerics" proves exact passes and compares the engine with the program; "structure" checks the graph
             alone.
@@ -155,7 +158,7 @@ def compile(  # noqa: A001 (the name users know from torch)
     if reason is not None:
         raise BackendUnavailable(f"{chosen.name}: {reason}")
     manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
-    pending = _Pending(model, manager, chosen, calibration, dynamic_batch, frontend, target)
+    pending = _Pending(model, manager, chosen, calibration, loss, dynamic_batch, frontend, target)
     if example_inputs is None:
         return Compiled(None, pending)
     return Compiled(pending.finish(example_inputs))
@@ -167,6 +170,7 @@ def optimize(
     passes: Passes,
     *,
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     target: Target | None = None,
     verify: Verify = "numerics",
     on_no_match: OnNoMatch = "warn",
@@ -178,7 +182,9 @@ def optimize(
     Arguments and errors are those of `compile`.
     """
     manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
-    return manager.run(_capture(model, example_inputs, frontend=frontend, calibration=calibration, target=target))
+    return manager.run(
+        _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
+    )
 
 
 def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto") -> Program:
@@ -197,6 +203,7 @@ def explain(
     passes: Passes = "default",
     *,
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     target: Target | None = None,
     frontend: Frontend = "auto",
 ) -> list[Plan]:
@@ -207,6 +214,7 @@ def explain(
         example_inputs: as for `compile`.
         passes: as for `compile`.
         calibration: as for `compile`.
+        loss: as for `compile`.
         target: as for `compile`.
         frontend: as for `compile`.
     """
@@ -215,7 +223,9 @@ def explain(
         if example_inputs is not None:
             raise InputError("a program has its example inputs: write explain(program, passes=...)")
         return manager.explain(model)
-    return manager.explain(_capture(model, example_inputs, frontend=frontend, calibration=calibration, target=target))
+    return manager.explain(
+        _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
+    )
 
 
 def load(path: str | Path) -> Compiled:
@@ -254,6 +264,7 @@ class _Pending:
     manager: PassManager
     backend: Backend
     calibration: Iterable[Any] | None
+    loss: Loss | None
     dynamic_batch: bool
     frontend: Frontend
     target: Target | None
@@ -261,7 +272,12 @@ class _Pending:
     def finish(self, example_inputs: Any) -> _Finished:
         """Captures, rewrites, lowers, and compares the engine with the program."""
         program = _capture(
-            self.model, example_inputs, frontend=self.frontend, calibration=self.calibration, target=self.target
+            self.model,
+            example_inputs,
+            frontend=self.frontend,
+            calibration=self.calibration,
+            loss=self.loss,
+            target=self.target,
         )
         if not self.backend.runs_training:
             _refuse_training(program, self.backend)

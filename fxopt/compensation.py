@@ -7,7 +7,8 @@ removed (R), the best linear estimate of the removed ones is x_R ~ m_R + A (x_K 
 
 the ridge regression of what the removed channels brought into the layer's remaining weights, in closed form. l is a
 thousandth of the mean variance of the kept channels. For convolutions A is the same at every place of the kernel, and
-what they pad is not looked at.
+what they pad is not looked at. Without covariance, A = 0: the bias takes over the mean of the removed channels, from
+the calibration data or, without any, as the BatchNorm in front tells it (`fxopt/analysis/norm_outputs.py`).
 
 Layers that are called at several places, and grouped convolutions, are left as they are.
 
@@ -16,8 +17,8 @@ References: ThiNet (arXiv:1707.06342); CORP (arXiv:2602.05243).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
@@ -25,41 +26,15 @@ from torch import Tensor, fx
 from fxopt import edit
 from fxopt.analysis.channels import Channels
 from fxopt.analysis.labels import Labels
-from fxopt.analysis.statistics import InputMoments, Statistics
+from fxopt.analysis.norm_outputs import expected_mean
+from fxopt.analysis.readers import readers
+from fxopt.analysis.reconstruction import ridge
+from fxopt.analysis.statistics import Statistics
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["Reader", "compensate", "kept_statistics", "readers"]
-
-_RIDGE = 1e-3
-
-
-class Reader(NamedTuple):
-    """A layer that mixes the channels of its input.
-
-    Attributes:
-        node: the call.
-        axis: of its weight, along which the input channels lie.
-        labels: one per input channel.
-    """
-
-    node: fx.Node
-    axis: int
-    labels: Tensor
-
-
-def readers(program: Program, channels: Channels) -> Iterator[Reader]:
-    """The layers whose weights can make up for input channels."""
-    for item in channels.members:
-        if item.name != "weight" or item.axis is None:
-            continue
-        node = program.node(item.node)
-        call = program.call(node)
-        layer: Any = call.module
-        mixes = call.op == "linear" or (call.op.startswith("conv") and layer.groups == 1)
-        if mixes and not channels.produces(program, item) and len(program.callers(node)) == 1:
-            yield Reader(node, item.axis, item.labels)
+__all__ = ["compensate", "kept_statistics"]
 
 
 def compensate(program: Program, channels: Channels, units: Sequence[int], statistics: Statistics) -> None:
@@ -69,25 +44,27 @@ def compensate(program: Program, channels: Channels, units: Sequence[int], stati
         program: is edited.
         channels: its channels.
         units: what will be removed.
-        statistics: of the layers' inputs, at least of those that read the units.
+        statistics: of the layers' inputs; empty without data.
     """
     gone = torch.tensor(sorted(units), dtype=torch.int64)
     for node, axis, labels in readers(program, channels):
         removed = torch.isin(labels, gone)
-        if removed.any() and not removed.all() and statistics[node.name].gram is not None:
-            _make_up(program, node, axis, removed, statistics[node.name])
+        if removed.any() and not removed.all():
+            moments = statistics.get(node.name)
+            mean = expected_mean(program, node, len(labels)) if moments is None else moments.mean
+            if mean is not None:
+                _make_up(program, node, axis, removed, mean, None if moments is None else moments.covariance)
 
 
-def _make_up(program: Program, node: fx.Node, axis: int, removed: Tensor, moments: InputMoments) -> None:
+def _make_up(
+    program: Program, node: fx.Node, axis: int, removed: Tensor, mean: Tensor, covariance: Tensor | None
+) -> None:
     layer = cast("Any", program.module_of(node))
-    mean, gram = moments.mean, cast("Tensor", moments.gram)
     removed = removed.to(mean.device)
     lost, kept = removed.nonzero().reshape(-1), (~removed).nonzero().reshape(-1)
-    covariance = gram - torch.outer(mean, mean)
-    inner = covariance[kept][:, kept]
-    ridge = _RIDGE * inner.diagonal().mean().clamp(min=torch.finfo(inner.dtype).tiny)
-    inner = inner + ridge * torch.eye(len(kept), dtype=inner.dtype, device=inner.device)
-    estimate = torch.linalg.solve(inner, covariance[kept][:, lost]).T  # [R, K]
+    estimate = mean.new_zeros(len(lost), len(kept))
+    if covariance is not None:
+        estimate = torch.linalg.solve(ridge(covariance[kept][:, kept]), covariance[kept][:, lost]).T
     weight = layer.weight.detach().double().movedim(axis, -1)
     brought = weight[..., lost]
     changed = torch.zeros_like(weight)

@@ -14,17 +14,23 @@ Watch = Callable[[fx.Node, Any], None]
 
 
 def run_graph(
-    root: nn.Module, graph: fx.Graph, inputs: Sequence[torch.Tensor], watch: Watch | None = None
+    root: nn.Module,
+    graph: fx.Graph,
+    inputs: Sequence[torch.Tensor],
+    watch: Watch | None = None,
+    *,
+    gradients: bool = False,
 ) -> tuple[torch.Tensor, ...]:
-    """The flat outputs of a flat graph over the modules of `root`, without gradients.
+    """The flat outputs of a flat graph over the modules of `root`.
 
     Args:
         root: holds the modules and tensors that the nodes name.
         graph: the graph.
         inputs: one tensor per placeholder.
         watch: called with each node and its value.
+        gradients: whether autograd follows the run.
     """
-    with torch.no_grad():
+    with torch.set_grad_enabled(gradients):
         return tuple(_Runner(root, graph, watch).run(*inputs, enable_io_processing=False))
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import fx, nn
 from torch.fx.graph import CodeGen
+from torch.nn import functional
 
 from fxopt.codegen import StructuredCodeGen
 from fxopt.errors import InputError
@@ -18,9 +19,10 @@ from fxopt.sharing import buffers_restored, keep_persistence, share_module, with
 from fxopt.signature import Signature
 from fxopt.target import Target
 
-__all__ = ["BatchAxis", "Program"]
+__all__ = ["BatchAxis", "Loss", "Program"]
 
 T = TypeVar("T")
+Loss = Callable[[Any, Any], torch.Tensor]
 
 
 class BatchAxis(NamedTuple):
@@ -43,6 +45,7 @@ class Program:
         calibration: the caller's iterable of batches, or None.
         target: where the engine will run.
         batch: the batch axis, or None if the batch size is fixed.
+        loss: what the outputs and the targets of a calibration batch come to, a scalar tensor; None for a usual choice.
         fixed_batch: why the batch size is fixed; None if it is not, or if there is no batch.
         properties: what passes have established ("quantized", ...); see `Pass.provides`.
         report: what the passes run so far have done.
@@ -72,6 +75,7 @@ class Program:
         self.frontend = frontend
         self.batch = batch
         self.fixed_batch: str | None = None
+        self.loss: Loss | None = None
         self.calibration = calibration
         self.target = target or Target.detect()
         self.properties: frozenset[str] = frozenset()
@@ -179,23 +183,36 @@ class Program:
         twin._graph.set_codegen(CodeGen())
         return twin._assemble(twin._graph)
 
-    def run(self, *inputs: torch.Tensor, watch: Watch | None = None) -> tuple[torch.Tensor, ...]:
-        """Runs the graph eagerly on flat inputs, without gradients; inputs and buffers are left as they are.
+    def run(
+        self, *inputs: torch.Tensor, watch: Watch | None = None, gradients: bool = False
+    ) -> tuple[torch.Tensor, ...]:
+        """Runs the graph eagerly on flat inputs; inputs and buffers are left as they are.
 
         In training mode the outputs may be random: seed the generator to compare two runs.
 
         Args:
             inputs: flat tensors.
             watch: called with each node and its value.
+            gradients: whether autograd follows the run.
         """
         with buffers_restored(self._root):
-            return run_graph(self._root, self._graph, [tensor.detach().clone() for tensor in inputs], watch)
+            flat = [tensor.detach().clone() for tensor in inputs]
+            return run_graph(self._root, self._graph, flat, watch, gradients=gradients)
 
     def calibration_inputs(self) -> Iterator[tuple[torch.Tensor, ...]]:
         """The flat inputs of each calibration batch, for passes that look at data.
 
         Raises:
             InputError: if there is no calibration data, no batch in it, or a batch does not fit the model.
+        """
+        for inputs, _ in self.calibration_pairs():
+            yield inputs
+
+    def calibration_pairs(self) -> Iterator[tuple[tuple[torch.Tensor, ...], Any]]:
+        """The flat inputs of each calibration batch, and the targets that it holds besides (None if there are none).
+
+        Raises:
+            InputError: as `calibration_inputs`.
         """
         if self.calibration is None:
             raise InputError("this needs data: pass calibration=, an iterable of batches such as a DataLoader")
@@ -206,11 +223,43 @@ class Program:
                 inputs = self.signature.flatten_batch(batch)
             except InputError as error:
                 raise InputError(f"calibration batch {index}: {error}") from error
-            yield tuple(inputs)
+            yield tuple(inputs), self.signature.targets_of(batch)
         if empty:
             once = iter(self.calibration) is self.calibration
             advice = "; an iterator can be read once only, a list again and again" if once else ""
             raise InputError(f"calibration holds no batch{advice}")
+
+    def loss_of(self, outputs: Sequence[torch.Tensor], targets: Any) -> torch.Tensor:
+        """The loss of a calibration batch, a mean over its samples.
+
+        That is `loss`, or by default of the first output: cross-entropy for classes (integers), mean squared error for
+        values of the output's shape.
+
+        Args:
+            outputs: flat outputs for the batch.
+            targets: what `calibration_pairs` gives with its inputs.
+
+        Raises:
+            InputError: if there are no targets, or they do not fit the loss.
+        """
+        if targets is None:
+            raise InputError("this needs targets: let each calibration batch hold them behind the inputs, (x, target)")
+        first = outputs[0]
+        found: Any
+        if self.loss is not None:
+            found = self.loss(self.signature.unflatten_outputs(outputs), targets)
+        elif isinstance(targets, torch.Tensor) and targets.dtype == torch.int64:
+            found = _fitting(functional.cross_entropy, first, targets)
+        elif isinstance(targets, torch.Tensor) and targets.shape == first.shape:
+            found = _fitting(functional.mse_loss, first, targets)
+        else:
+            raise InputError(
+                "the targets are neither classes (int64) nor values of the output's shape: "
+                "pass loss=, a function of the outputs and the targets"
+            )
+        if not isinstance(found, torch.Tensor) or found.numel() != 1:
+            raise InputError("loss must give a tensor of one value, the mean over the samples")
+        return found.reshape(())
 
     def inputs_with_batch(self, size: int | None = None, *, seed: int = 0) -> tuple[torch.Tensor, ...]:
         """Fresh random flat inputs like the example's: same dtypes, devices and value ranges.
@@ -275,6 +324,16 @@ class Program:
             # the folders that a graph module makes for paths are new; leaf modules keep a mode of their own
             child.training = modes.get(name, self.training)
         return module
+
+
+def _fitting(loss: Loss, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    try:
+        return loss(output, targets)
+    except (RuntimeError, ValueError, IndexError) as error:
+        raise InputError(
+            f"the targets {tuple(targets.shape)} do not fit the first output {tuple(output.shape)}: {error}; "
+            "pass loss=, a function of the outputs and the targets"
+        ) from error
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:

@@ -121,11 +121,29 @@ class Signature:
             raise InputError(
                 f"a calibration batch must be a tensor, tuple, list or mapping, not {type(batch).__name__}"
             )
+        if self._is_flat(batch):
+            return list(batch[: len(self.names)])
+        return self.flatten_inputs(tuple(batch[: self._arity]), {})
+
+    def targets_of(self, batch: Any) -> Any:
+        """What a batch of a data loader holds besides the inputs: one value, a tuple or mapping of several, or None."""
+        if isinstance(batch, Mapping):
+            left = {key: value for key, value in batch.items() if key not in self.call.parameters}
+            return left if len(left) > 1 else next(iter(left.values()), None)
+        if not isinstance(batch, tuple | list):
+            return None
+        rest = tuple(batch[len(self.names) if self._is_flat(batch) else self._arity :])
+        return rest if len(rest) > 1 else next(iter(rest), None)
+
+    def _is_flat(self, batch: Sequence[Any]) -> bool:
+        """Whether a batch begins with one tensor per flat input."""
         first = [entry for entry in batch[: len(self.names)] if isinstance(entry, torch.Tensor)]
-        if len(first) == len(self.names):
-            return first
-        given = sum(1 for child in self.inputs.children if child.leaf_count())
-        return self.flatten_inputs(tuple(batch[:given]), {})
+        return len(first) == len(self.names)
+
+    @property
+    def _arity(self) -> int:
+        """How many parameters of `forward` take tensors."""
+        return sum(1 for child in self.inputs.children if child.leaf_count())
 
     def call_arguments(self, leaves: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Positional and keyword arguments for the model, from flat tensors."""

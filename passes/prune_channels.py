@@ -3,12 +3,12 @@
 A *unit* is what can only be removed as a whole: a channel with everything that is added to, multiplied with or computed
 from it, in all layers. Units are scored by a criterion, the least important ones of each group are removed, and the
 model that is left has smaller layers. Nothing is trained: run `reestimate_batch_norm` afterwards, or fine-tune
-`program.module`. With calibration data, the layers that read the removed channels are rewritten so that those left make
-up for them, as well as a linear estimate can.
+`program.module`. The layers that read the removed channels are rewritten to make up for them: as well as a linear
+estimate can with calibration data, by their mean without.
 
 How many: a share of every group (`ratio`), or as many as a budget of MACs or parameters asks for, by one threshold on
-the scores of all groups (each divided by the mean of its group) that is found by bisection. Of a group at least
-`min_channels` and a tenth are left.
+the scores of all groups. For that the scores are divided by the mean of their group; those of the criterion "gram",
+errors that add up, by what a channel frees of the budget. Of a group at least `min_channels` and a tenth are left.
 
 Refused, with the reason: groups that reach an input or output of the model, an operator that mixes channels or has no
 rule, or a layer named by `ignore`; groups of no more than `min_channels`; groups that a criterion cannot score.
@@ -16,30 +16,29 @@ rule, or a layer named by `ignore`; groups of no more than `min_channels`; group
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar
 
-import numpy as np
 import torch
 
+from fxopt.analysis.allotment import Allotment, Candidate, Measure, Scope
 from fxopt.analysis.channel_costs import ChannelCosts
 from fxopt.analysis.channel_scope import Attention
-from fxopt.analysis.channels import BY_ATTENTION, ChannelGroup, Channels
-from fxopt.analysis.importance import CRITERIA, group_scores
+from fxopt.analysis.channels import BY_ATTENTION, ChannelGroup, Channels, member_tensor
+from fxopt.analysis.importance import COMPARABLE, CRITERIA, importance
+from fxopt.analysis.readers import readers
 from fxopt.analysis.statistics import carry, collect
-from fxopt.compensation import compensate, kept_statistics, readers
-from fxopt.errors import InputError, PassError
+from fxopt.compensation import compensate, kept_statistics
+from fxopt.errors import PassError
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
 from fxopt.removal import remove_channels
 
 __all__ = ["PruneChannels"]
 
-_LEAST_SHARE = 0.1  # of a group, that is always left: no layer collapses
-_BISECTIONS = 40
+_SHOWN = 4  # members that a decision's text names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,16 +49,18 @@ class PruneChannels(Pass):
         ratio: share of the channels to remove, from each group or (scope "global") from all together.
         macs: share of the MACs to keep.
         params: share of the parameters to keep.
-        criterion: how channels are ranked: "l1", "l2", "bn_scale" or "random".
-        scope: "layer" removes the same share of every group, "global" what is below one threshold; None stands for
-            "layer" with `ratio` and "global" with a budget.
+        criterion: how channels are ranked: "l1", "l2", "bn_scale", "taylor" (takes calibration data with targets),
+            "gram" (takes calibration data) or "random"; None stands for "gram" with calibration data and "l2" without.
+            See `fxopt/analysis/importance.py`.
+        scope: "layer" removes the same share of every group, "isomorphic" of all groups of one structure together,
+            "global" of all groups together; None stands for "layer" with `ratio` and "global" with a budget.
         round_to: what is left of a group is a multiple of this; 8 or 16 suits most kernels.
         ignore: patterns of layer paths, "head.*", whose outputs are left whole.
         layers: share to remove by pattern of layer path, instead of what the scope says.
         attention: what to remove of a grid of heads and channels: whole "heads", the same channels of every head
             ("head_dim"), or "none".
-        compensate: with calibration data, rewrite what reads the removed channels so that those kept stand in for them
-            (see `fxopt/compensation.py`).
+        compensate: rewrite what reads the removed channels: with calibration data those kept stand in for them,
+            without any their mean, as the BatchNorm in front tells it, goes into the bias. See `fxopt/compensation.py`.
         min_channels: how many are left of a group at least.
     """
 
@@ -68,8 +69,8 @@ class PruneChannels(Pass):
     ratio: float | None = None
     macs: float | None = None
     params: float | None = None
-    criterion: str = "l2"
-    scope: Literal["layer", "global"] | None = None
+    criterion: str | None = None
+    scope: Scope | None = None
     round_to: int = 1
     ignore: tuple[str, ...] = ()
     layers: Mapping[str, float] = field(default_factory=dict)
@@ -87,8 +88,8 @@ class PruneChannels(Pass):
         for name, share in shares.items():
             if not isinstance(share, int | float) or not 0 < share < 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, not {share!r}")
-        _choice("criterion", self.criterion, tuple(CRITERIA))
-        _choice("scope", self.scope, (None, "layer", "global"))
+        _choice("criterion", self.criterion, (None, *CRITERIA))
+        _choice("scope", self.scope, (None, "layer", "isomorphic", "global"))
         _choice("attention", self.attention, tuple(BY_ATTENTION))
         for name in ("round_to", "min_channels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
@@ -102,24 +103,23 @@ class PruneChannels(Pass):
         channels = program.analysis(BY_ATTENTION[self.attention])
         # here, so that all rewrites share one run over the data
         collect(program, self._layers_to_measure(program, channels))
-        candidates: list[_Candidate] = []
-        for group in channels.groups:
-            candidate = self._candidate(program, channels, group)
+        candidates: list[Candidate] = []
+        for group, candidate in self._candidates(program, channels):
             if isinstance(candidate, str):
                 yield Skip(group.node, f"{group.name}: {candidate}")
             else:
                 candidates.append(candidate)
-        for candidate, removed in zip(candidates, self._choose(program, channels, candidates), strict=True):
+        for candidate, removed in zip(candidates, self._counts(program, channels, candidates), strict=True):
             group = candidate.group
             if not removed:
                 yield Skip(group.node, f"{group.name}: all {len(group)} channels are needed")
                 continue
             kept = sorted(set(range(len(group))) - set(candidate.order[:removed].tolist()))
-            places = len({channels.members[index].node for index in group.members})
+            members = _members(program, channels, group)
             yield Rewrite(
                 group.node,
-                f"keep {len(kept)} of {len(group)} channels of {group.name}, in {places} places",
-                {"group": group.name, "size": len(group), "kept": kept},
+                f"keep {len(kept)} of {len(group)} channels of {group.name}, in {_listed(members[1:])}",
+                {"group": group.name, "size": len(group), "kept": kept, "members": members},
             )
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
@@ -136,14 +136,42 @@ class PruneChannels(Pass):
         kept = set(rewrite.params["kept"])
         gone = [unit for position, unit in enumerate(group.units) if position not in kept]
         statistics = collect(program, self._layers_to_measure(program, channels))
-        if statistics:
+        if self.compensate:
             compensate(program, channels, gone, statistics)
         left = remove_channels(program, channels, gone)
         program.remember(analysis, left)
         carry(program, kept_statistics(program, channels, gone, statistics))
 
-    def _candidate(self, program: Program, channels: Channels, group: ChannelGroup) -> _Candidate | str:
-        """The group with its ranking, or why it is left alone."""
+    def _candidates(self, program: Program, channels: Channels) -> Iterator[tuple[ChannelGroup, Candidate | str]]:
+        """Every group with its ranking, or why it is left alone."""
+        reasons = {group.name: self._reason_to_keep(program, channels, group) for group in channels.groups}
+        free = [group for group in channels.groups if reasons[group.name] is None]
+        criterion = self._criterion(program)
+        found = importance(program, channels, free, criterion) if free else []
+        scores = dict(zip((group.name for group in free), found, strict=True))
+        costs = ChannelCosts(program, channels)
+        for group in channels.groups:
+            ranked = reasons[group.name] or scores[group.name]
+            if isinstance(ranked, str):
+                yield group, ranked
+                continue
+            unit = self._saving(costs, group) if criterion in COMPARABLE else float(ranked.mean())
+            order = torch.argsort(ranked, stable=True)
+            share = self._share(program, channels, group)
+            yield group, Candidate(group, order.numpy(), (ranked[order] / (unit or 1.0)).numpy(), share)
+
+    def _criterion(self, program: Program) -> str:
+        return self.criterion or ("l2" if program.calibration is None else "gram")
+
+    def _saving(self, costs: ChannelCosts, group: ChannelGroup) -> float:
+        """What one channel of a group frees of the budget: scores over it are worth the same at one threshold."""
+        whole, less = costs.mask(()), costs.mask(group.units[:1])
+        if self._budget == "macs":
+            return costs.macs(whole) - costs.macs(less)
+        return costs.params(whole) - costs.params(less) if self._budget == "params" else 1.0
+
+    def _reason_to_keep(self, program: Program, channels: Channels, group: ChannelGroup) -> str | None:
+        """Why a group is left alone, whatever its scores; None if it is not."""
         if group.locked is not None:
             return group.locked
         paths = _layers(program, channels, group)
@@ -151,16 +179,15 @@ class PruneChannels(Pass):
             return "ignored"
         if len(group) <= self.min_channels:
             return f"has {len(group)} channels, of which {self.min_channels} are left at least"
-        scores = group_scores(program, channels, group, self.criterion)
-        if isinstance(scores, str):
-            return scores
-        named = (share for pattern, share in self.layers.items() if any(fnmatch(path, pattern) for path in paths))
-        share = next(named, None)
-        if share is None and self._budget is None:
+        if self._budget is None and self._share(program, channels, group) is None:
             return "no pattern of layers names it"
-        order = torch.argsort(scores, stable=True)
-        mean = float(scores.mean()) or 1.0
-        return _Candidate(group, order.numpy(), (scores[order] / mean).numpy(), share)
+        return None
+
+    def _share(self, program: Program, channels: Channels, group: ChannelGroup) -> float | None:
+        """The share to remove that `layers` gives a group, if it names it."""
+        paths = _layers(program, channels, group)
+        named = (share for pattern, share in self.layers.items() if any(fnmatch(path, pattern) for path in paths))
+        return next(named, None)
 
     def _layers_to_measure(self, program: Program, channels: Channels) -> list[str]:
         """The layers whose inputs are looked at: none without calibration data."""
@@ -169,85 +196,37 @@ class PruneChannels(Pass):
         return [reader.node.name for reader in readers(program, channels)]
 
     @property
-    def _budget(self) -> str | None:
+    def _budget(self) -> Measure | None:
         """Which of the options says how much is removed; None if only `layers` does."""
-        return next((name for name in ("ratio", "macs", "params") if getattr(self, name) is not None), None)
+        measures: tuple[Measure, ...] = ("ratio", "macs", "params")
+        return next((name for name in measures if getattr(self, name) is not None), None)
 
-    def _choose(self, program: Program, channels: Channels, candidates: list[_Candidate]) -> list[int]:
+    def _counts(self, program: Program, channels: Channels, candidates: Sequence[Candidate]) -> list[int]:
         """How many channels each group loses."""
-        by_layer = self.scope == "layer" or (self.scope is None and self._budget == "ratio")
-
-        def removed(level: float) -> list[int]:
-            return [self._removed(candidate, level, by_layer=by_layer) for candidate in candidates]
-
-        if self._budget is None or (self._budget == "ratio" and by_layer):
-            return removed(self.ratio or 0.0)
-        share = _share_left(program, channels, candidates, self._budget)
+        scope = self.scope or ("layer" if self._budget == "ratio" else "global")
+        allotment = Allotment(
+            program, channels, candidates, scope=scope, round_to=self.round_to, min_channels=self.min_channels
+        )
+        if self._budget is None or (self.ratio is not None and scope == "layer"):
+            return allotment.at_level(self.ratio or 0.0)
         target = getattr(self, self._budget)
-        target = 1 - target if self._budget == "ratio" else target
-        low, high = 0.0, 1.0 if by_layer else 1.01 * max((item.scores[-1] for item in candidates), default=0.0)
-        least = share(removed(high))
-        if least > target:
-            raise InputError(
-                f"{self} cannot be reached: with a tenth of every group that can be pruned, {least:.0%} are left. "
-                "fxopt.explain shows what is locked, and why."
-            )
-        for _ in range(_BISECTIONS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if share(removed(middle)) > target else (low, middle)
-        # both levels differ by a step of some groups: taken one after the other, as far as is needed
-        steps = [removed(low)]
-        for index, count in enumerate(removed(high)):
-            if count != steps[-1][index]:
-                steps.append([*steps[-1][:index], count, *steps[-1][index + 1 :]])
-        return min(steps, key=lambda counts: abs(share(counts) - target))
-
-    def _removed(self, candidate: _Candidate, level: float, *, by_layer: bool) -> int:
-        """How many channels a group loses at a share (of the group) or threshold (of its scores), after rounding."""
-        count = len(candidate.group)
-        if candidate.share is not None:
-            wanted = round(count * candidate.share)
-        else:
-            wanted = round(count * level) if by_layer else int(np.searchsorted(candidate.scores, level))
-        least = max(self.min_channels, math.ceil(count * _LEAST_SHARE))
-        kept = round(max(count - wanted, least) / self.round_to) * self.round_to
-        while kept < least:
-            kept += self.round_to
-        return max(count - kept, 0)
+        return allotment.within(self._budget, 1 - target if self._budget == "ratio" else target)
 
 
-class _Candidate(NamedTuple):
-    """A group that may be pruned.
-
-    Attributes:
-        order: positions of its units, the least important first.
-        scores: in that order, over the mean of the group.
-        share: of it to remove, if `layers` names it.
-    """
-
-    group: ChannelGroup
-    order: np.ndarray
-    scores: np.ndarray
-    share: float | None
+def _members(program: Program, channels: Channels, group: ChannelGroup) -> list[str]:
+    """The tensors that hold a group, each with the axis: "layer1.0.conv1.weight[0]"."""
+    found = []
+    for index in group.members:
+        item = channels.members[index]
+        if item.axis is not None and member_tensor(program, item) is not None:
+            found.append(".".join(filter(None, [str(program.node(item.node).target), item.name])) + f"[{item.axis}]")
+    return list(dict.fromkeys(found))
 
 
-def _share_left(
-    program: Program, channels: Channels, candidates: Sequence[_Candidate], measure: str
-) -> Callable[[Sequence[int]], float]:
-    """The share of MACs, parameters or ("ratio") channels that is left if each candidate loses so many channels."""
-    costs = ChannelCosts(program, channels)
-    measures: dict[str, Callable[[np.ndarray], float]] = {
-        "macs": lambda kept: costs.macs(kept) / program.cost().macs,
-        "params": lambda kept: costs.params(kept) / program.cost().params,
-        "ratio": lambda kept: float(kept.mean()),
-    }
-
-    def share(counts: Sequence[int]) -> float:
-        pairs = zip(candidates, counts, strict=True)
-        gone = (item.group.units[place] for item, count in pairs for place in item.order[:count])
-        return measures[measure](costs.mask(gone))
-
-    return share
+def _listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 def _layers(program: Program, channels: Channels, group: ChannelGroup) -> list[str]:

@@ -2,30 +2,48 @@
 
     l1, l2      the p-norm of all weights that produce or read the unit (group norm: DepGraph, arXiv:2301.12900)
     bn_scale    the mean |gamma| of the BatchNorms that the unit passes (Network Slimming, arXiv:1708.06519)
+    taylor      the mean squared change of the loss without it (`sensitivity`); calibration data with targets
+    gram        the error of the layers that read it when the others make up for it (`reconstruction`); calibration data
     random      drawn from a seeded generator
 
-Scores are comparable within a group. Between groups they are once each is divided by the mean of its group.
+Scores are comparable within a group. Between groups those of `taylor` and `gram` are too: they say what the whole
+network, or the layers that read, lose; the others are once each is divided by the mean of its group.
 """
 
 from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
+from torch import Tensor
 
 from fxopt.analysis.channels import ChannelGroup, Channels, Member, member_tensor
+from fxopt.analysis.readers import readers
+from fxopt.analysis.reconstruction import Quadratic, removal_errors
+from fxopt.analysis.sensitivity import loss_changes
+from fxopt.analysis.statistics import collect
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["CRITERIA", "group_scores"]
+__all__ = ["COMPARABLE", "CRITERIA", "Criterion", "importance"]
+
+Criterion = Callable[["Program", Channels, Sequence[ChannelGroup]], list[Tensor | str]]
+"""For each group, float64[its units], or why it says nothing about this group."""
 
 
-def group_scores(program: Program, channels: Channels, group: ChannelGroup, criterion: str) -> torch.Tensor | str:
-    """float64[units of the group], or why the criterion says nothing about this group."""
-    return CRITERIA[criterion](list(_weights(program, channels, group)), group)
+def importance(
+    program: Program, channels: Channels, groups: Sequence[ChannelGroup], criterion: str
+) -> list[Tensor | str]:
+    """For each group a score per unit, float64, or why the criterion says nothing about it.
+
+    Raises:
+        InputError: if the criterion takes calibration data and there are none that do.
+    """
+    return CRITERIA[criterion](program, channels, groups)
 
 
 class _Weight(NamedTuple):
@@ -33,57 +51,101 @@ class _Weight(NamedTuple):
 
     op: str
     member: Member
-    tensor: torch.Tensor
+    tensor: Tensor
 
 
-def _norm(power: int) -> Callable[[Sequence[_Weight], ChannelGroup], torch.Tensor | str]:
-    def scores(weights: Sequence[_Weight], group: ChannelGroup) -> torch.Tensor | str:
-        matrices = [item for item in weights if item.member.name == "weight" and item.tensor.ndim > 1]
-        if not matrices:
-            return "no weights to rank by"
-        total = torch.zeros(len(group), dtype=torch.float64)
-        for _, member, tensor in matrices:
-            others = [axis for axis in range(tensor.ndim) if axis != member.axis]
-            total += _by_unit(member, group, tensor.abs().pow(power).sum(others))
-        return total.pow(1 / power)
-
-    return scores
+def _norm(program: Program, channels: Channels, groups: Sequence[ChannelGroup], *, power: int) -> list[Tensor | str]:
+    return [_group_norm(program, channels, group, power) for group in groups]
 
 
-def _bn_scale(weights: Sequence[_Weight], group: ChannelGroup) -> torch.Tensor | str:
+def _group_norm(program: Program, channels: Channels, group: ChannelGroup, power: int) -> Tensor | str:
+    matrices = [
+        item for item in _weights(program, channels, group) if item.member.name == "weight" and item.tensor.ndim > 1
+    ]
+    if not matrices:
+        return "no weights to rank by"
+    total = torch.zeros(len(group), dtype=torch.float64)
+    for _, member, tensor in matrices:
+        others = [axis for axis in range(tensor.ndim) if axis != member.axis]
+        total += _by_unit(member.labels, group, tensor.abs().pow(power).sum(others))
+    return total.pow(1 / power)
+
+
+def _bn_scale(program: Program, channels: Channels, groups: Sequence[ChannelGroup]) -> list[Tensor | str]:
+    return [_group_scale(program, channels, group) for group in groups]
+
+
+def _group_scale(program: Program, channels: Channels, group: ChannelGroup) -> Tensor | str:
     found = []
-    for op, member, tensor in weights:
+    for op, member, tensor in _weights(program, channels, group):
         if op == "batch_norm" and member.name == "weight":
-            count = _by_unit(member, group, torch.ones(len(tensor)))
-            found.append(_by_unit(member, group, tensor.abs()) / count.clamp(min=1))
+            count = _by_unit(member.labels, group, torch.ones(len(tensor)))
+            found.append(_by_unit(member.labels, group, tensor.abs()) / count.clamp(min=1))
     return torch.stack(found).mean(0) if found else "no batch norm to rank by"
 
 
-def _random(_: Sequence[_Weight], group: ChannelGroup) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
-    return torch.rand(len(group), generator=generator, dtype=torch.float64)
+def _random(_program: Program, _channels: Channels, groups: Sequence[ChannelGroup]) -> list[Tensor | str]:
+    found: list[Tensor | str] = []
+    for group in groups:
+        generator = torch.Generator().manual_seed(zlib.crc32(group.name.encode()))
+        found.append(torch.rand(len(group), generator=generator, dtype=torch.float64))
+    return found
+
+
+def _taylor(program: Program, channels: Channels, groups: Sequence[ChannelGroup]) -> list[Tensor | str]:
+    changes = loss_changes(program, channels)
+    return [
+        torch.tensor([changes[unit] for unit in group.units], dtype=torch.float64)
+        if all(unit in changes for unit in group.units)
+        else "nothing that mixes channels reads it"
+        for group in groups
+    ]
+
+
+def _gram(program: Program, channels: Channels, groups: Sequence[ChannelGroup]) -> list[Tensor | str]:
+    """Units that only products read, such as queries and keys, are ranked by their share of the squared weights."""
+    reading = list(readers(program, channels))
+    statistics = collect(program, [reader.node.name for reader in reading])
+    found: list[Tensor | str] = []
+    for group in groups:
+        place = {unit: position for position, unit in enumerate(group.units)}
+        layers = []
+        for reader in reading:
+            moments = statistics[reader.node.name]
+            units = torch.tensor([place.get(unit, -1) for unit in reader.labels.tolist()])
+            if bool((units >= 0).any()) and moments.gram is not None:
+                layers.append(Quadratic(cast("Tensor", moments.covariance), reader.columns(program), units))
+        norms = removal_errors(layers, len(group)) if layers else _group_norm(program, channels, group, 2)
+        if not layers and isinstance(norms, Tensor):
+            norms = norms.square() / norms.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
+        found.append(norms)
+    return found
 
 
 def _weights(program: Program, channels: Channels, group: ChannelGroup) -> Iterator[_Weight]:
-    nodes = {node.name: node for node in program.graph.nodes}
     for index in group.members:
         member = channels.members[index]
         tensor = member_tensor(program, member)
         if tensor is not None:
-            yield _Weight(program.op(nodes[member.node]), member, tensor.detach().cpu().double())
+            yield _Weight(program.op(program.node(member.node)), member, tensor.detach().cpu().double())
 
 
-def _by_unit(item: Member, group: ChannelGroup, values: torch.Tensor) -> torch.Tensor:
-    """Sums one value per index of a member into one per unit of a group."""
+def _by_unit(labels: Tensor, group: ChannelGroup, values: Tensor) -> Tensor:
+    """Sums one value per label into one per unit of a group."""
     place = {unit: position for position, unit in enumerate(group.units)}
-    slots = torch.tensor([place.get(unit, len(group)) for unit in item.labels.tolist()])
+    slots = torch.tensor([place.get(unit, len(group)) for unit in labels.tolist()])
     return torch.zeros(len(group) + 1, dtype=torch.float64).index_add_(0, slots, values.double())[: len(group)]
 
 
-CRITERIA: Mapping[str, Callable[[Sequence[_Weight], ChannelGroup], torch.Tensor | str]] = {
-    "l1": _norm(1),
-    "l2": _norm(2),
+CRITERIA: Mapping[str, Criterion] = {
+    "l1": partial(_norm, power=1),
+    "l2": partial(_norm, power=2),
     "bn_scale": _bn_scale,
+    "taylor": _taylor,
+    "gram": _gram,
     "random": _random,
 }
 """The criteria by name."""
+
+COMPARABLE = frozenset({"taylor", "gram"})
+"""Those whose scores are comparable between groups as they are."""

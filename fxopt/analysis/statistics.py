@@ -59,6 +59,11 @@ class InputMoments:
     square: Tensor
     gram: Tensor | None
 
+    @property
+    def covariance(self) -> Tensor | None:
+        """E[x xᵀ] - E[x] E[x]ᵀ, [C, C]; None where there is no Gram."""
+        return None if self.gram is None else self.gram - torch.outer(self.mean, self.mean)
+
     def kept(self, indices: Sequence[int] | Tensor) -> InputMoments:
         """The moments of some of the channels, in this order."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.mean.device)

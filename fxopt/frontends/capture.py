@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxopt.compare import compare, rounding_tolerance
 from fxopt.errors import CaptureError, InputError, first_line
 from fxopt.frontends.captured import Captured
-from fxopt.program import BatchAxis, Program
+from fxopt.program import BatchAxis, Loss, Program
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored, share_module
 from fxopt.signature import Signature
@@ -38,6 +38,7 @@ def capture(
     *,
     frontend: Frontend = "auto",
     calibration: Iterable[Any] | None = None,
+    loss: Loss | None = None,
     target: Target | None = None,
 ) -> Program:
     """Captures a model as a `Program`. The model itself is neither changed nor run: a copy is.
@@ -48,6 +49,8 @@ def capture(
         frontend: "symbolic" (torch.fx), "export" (torch.export), or "auto": symbolic, and export where that fails,
             answers differently, or leaves calls opaque.
         calibration: any iterable of batches, for passes that look at data.
+        loss: for passes that look at its gradients, a function of the model's outputs and a batch's targets; see
+            `Program.loss_of`.
         target: where the engine will run; this machine's CPU by default.
 
     Raises:
@@ -58,11 +61,15 @@ def capture(
         raise InputError(f'frontend must be "auto", "symbolic" or "export", not {frontend!r}')
     if calibration is not None and not isinstance(calibration, Iterable):
         raise InputError(f"calibration must be an iterable of batches, not {type(calibration).__name__}")
+    if loss is not None and not callable(loss):
+        raise InputError(f"loss must be a function of the outputs and the targets, not {type(loss).__name__}")
     _log.info("capturing %s", type(model).__name__)
     if not isinstance(target, Target | None):
         raise InputError(f"target must be a fxopt.Target, such as Target.detect(), not {target!r}")
     with torch.inference_mode(False), fixed_random_state(), buffers_restored(_checked(model)):
-        return _capture(model, example_inputs, frontend, calibration, target)
+        program = _capture(model, example_inputs, frontend, calibration, target)
+    program.loss = loss
+    return program
 
 
 def _capture(

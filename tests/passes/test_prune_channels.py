@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 import fxopt
 from fxopt import PassManager, Program, Rewrite
 from fxopt.errors import InputError, PassError, RegistryError
+from fxopt.frontends.capture import capture
 from fxopt.passes import PruneChannels
 from fxopt.spec import configure, parse_spec
 from fxopt.testing import assert_pass, assert_skips
@@ -62,7 +64,11 @@ def test_the_least_important_channels_of_every_group_go() -> None:
     )
     (plan,) = fxopt.explain(model, torch.randn(1, 1, 4, 4), [PruneChannels(ratio=0.5)])
     assert plan.rewrites == [
-        Rewrite("_0", "keep 2 of 4 channels of 0.weight, in 2 places", {"group": "0.weight", "size": 4, "kept": [0, 2]})
+        Rewrite(
+            "_0",
+            "keep 2 of 4 channels of 0.weight, in 1.weight[1]",
+            {"group": "0.weight", "size": 4, "kept": [0, 2], "members": ["0.weight[0]", "1.weight[1]"]},
+        )
     ]
 
 
@@ -87,8 +93,8 @@ def test_how_many_go(pass_: PruneChannels, kept: list[int]) -> None:
     assert program.module(torch.randn(4, 3, 12, 12)).shape == (4, 5)
 
 
-@pytest.mark.parametrize("criterion", ["l1", "l2", "bn_scale", "random"])
-@pytest.mark.parametrize("scope", ["layer", "global"])
+@pytest.mark.parametrize("criterion", ["l1", "l2", "bn_scale", "taylor", "gram", "random"])
+@pytest.mark.parametrize("scope", ["layer", "isomorphic", "global"])
 @pytest.mark.parametrize("measure", ["macs", "params"])
 def test_a_budget_is_met(criterion: str, scope: str, measure: str) -> None:
     model = network(48)
@@ -96,7 +102,8 @@ def test_a_budget_is_met(criterion: str, scope: str, measure: str) -> None:
         for index in (1, 4):
             model[index].weight.uniform_(0.1, 2)
     options: dict[str, Any] = {measure: 0.5, "criterion": criterion, "scope": scope}
-    program = pruned(PruneChannels(**options), model)
+    data = [(torch.randn(16, 3, 12, 12), torch.randint(0, 5, (16,)))]
+    program = fxopt.optimize(model, X, [PruneChannels(**options)], calibration=data, on_failure="raise")
     (report,) = program.report.passes
     assert getattr(report.after, measure) / getattr(report.before, measure) == pytest.approx(0.5, abs=0.02)
 
@@ -109,6 +116,34 @@ def test_a_share_of_all_channels_by_one_threshold() -> None:
     first, second, _ = sizes(program)
     assert first + second == pytest.approx(0.6 * 150, abs=1)
     assert first / 50 < second / 100
+
+
+def test_groups_of_one_structure_share_a_ranking() -> None:
+    torch.manual_seed(0)
+    widths = (4, 50, 50, 50, 5)
+    model = nn.Sequential(*(nn.Linear(before, after) for before, after in itertools.pairwise(widths)))
+    model.insert(1, nn.LayerNorm(50))
+    with torch.no_grad():
+        # of the two that no norm reads, the channels of the first are less and less important
+        model[2].weight.mul_(torch.linspace(0.001, 2, 50).view(-1, 1))
+        model[3].weight.mul_(torch.linspace(0.001, 2, 50))
+    program = fxopt.optimize(model, torch.randn(2, 4), [PruneChannels(ratio=0.4, scope="isomorphic", criterion="l2")])
+    first, second, third, _ = (
+        len(module.weight) for module in program.module.modules() if hasattr(module, "in_features")
+    )
+    assert first == 30
+    assert second + third == pytest.approx(60, abs=1)
+    assert second < third
+
+
+def test_the_criterion_follows_the_data() -> None:
+    model, data = network(), [torch.randn(8, 3, 12, 12)]
+    for calibration, criterion in ((None, "l2"), (data, "gram")):
+        one, other = (
+            fxopt.explain(model, X, [PruneChannels(ratio=0.5, criterion=each)], calibration=calibration)[0]
+            for each in (None, criterion)
+        )
+        assert one.rewrites == other.rewrites
 
 
 def test_a_plan_is_json_and_prunes_another_checkpoint_alike() -> None:
@@ -161,7 +196,7 @@ def test_refusals() -> None:
 
 
 def test_a_budget_that_cannot_be_reached_is_an_error() -> None:
-    with pytest.raises(InputError, match=r"prune_channels\(macs=0\.01\) cannot be reached: .* \d+% are left"):
+    with pytest.raises(InputError, match=r"macs of 0\.01 cannot be reached: .* \d+% are left"):
         pruned(PruneChannels(macs=0.01), network())
 
 
@@ -173,8 +208,8 @@ def test_a_budget_that_cannot_be_reached_is_an_error() -> None:
         ({"ratio": 1.0}, "ratio must be a share between 0 and 1, not 1.0"),
         ({"macs": 50}, "macs must be a share between 0 and 1, not 50"),
         ({"layers": {"a": 2}}, r"layers\['a'\] must be a share between 0 and 1, not 2"),
-        ({"ratio": 0.5, "criterion": "magic"}, "criterion must be one of 'l1', .* not 'magic'"),
-        ({"ratio": 0.5, "scope": "all"}, "scope must be one of None, 'layer', 'global', not 'all'"),
+        ({"ratio": 0.5, "criterion": "magic"}, "criterion must be one of None, 'l1', .* not 'magic'"),
+        ({"ratio": 0.5, "scope": "all"}, "scope must be one of None, 'layer', .* not 'all'"),
         ({"ratio": 0.5, "attention": True}, "attention must be one of 'heads', .* not True"),
         ({"ratio": 0.5, "round_to": 0}, "round_to must be an integer of at least 1, not 0"),
         ({"ratio": 0.5, "ignore": "head"}, r"ignore must be a tuple of patterns: write \('head',\) for this one alone"),
@@ -193,18 +228,20 @@ def test_spec_string() -> None:
     assert (name, configure(PruneChannels, options)) == ("prune_channels", pass_)
 
 
-def test_pruning_and_folding_agree_in_either_order() -> None:
+@pytest.mark.parametrize(("compensate", "data"), [(False, None), (True, [torch.randn(8, 3, 12, 12).double()])])
+def test_pruning_and_folding_agree_in_either_order(compensate: bool, data: list[torch.Tensor] | None) -> None:
     model = network()
+    pass_ = PruneChannels(ratio=0.5, compensate=compensate)
     for module in model:
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_()
             module.running_var.uniform_(0.5, 2)
     (plan,) = fxopt.explain(model, X, [PruneChannels(ratio=0.5)])
-    program = fxopt.capture(model.double(), X.double())
+    program = capture(model.double(), X.double(), calibration=data)
     folded = PassManager(["fold_batch_norm"]).run(program)
     for target in (program, folded):
         for rewrite in plan.rewrites:
-            PruneChannels(ratio=0.5).apply(target, rewrite)
+            pass_.apply(target, rewrite)
     program = PassManager(["fold_batch_norm"]).run(program)
     assert program.text() == folded.text()
     x = torch.randn(3, 3, 12, 12, dtype=torch.float64)
