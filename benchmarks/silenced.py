@@ -10,15 +10,16 @@ unnoticed gives another answer than the pruned program.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 if TYPE_CHECKING:
     from fxopt.analysis.channels import Channels
+    from fxopt.ops import Call
     from fxopt.program import Program
 
 __all__ = ["run_silenced"]
@@ -56,12 +57,15 @@ class _Silenced(fx.Interpreter):
         self._gone = torch.tensor(sorted(units), dtype=torch.int64)
 
     def run_node(self, n: fx.Node) -> Any:
-        op = self._op(n)
-        if op in _NORMS:
+        call = self._program.call(self._originals[n.name])
+        if call.op in _NORMS:
             source = n.all_input_nodes[0]
-            gone = self._mask(source, self.env[source])
-            if gone is not None:
-                return _norm_of_kept(op, cast("Any", self.fetch_attr(str(n.target))), self.env[source], gone)
+            value = self.env[source]
+            gone = self._mask(source, value)
+            # along other axes the norm takes each channel by itself
+            if gone is not None and gone.shape[_NORMS[call.op] % gone.ndim] > 1:
+                given = {item.name: self.env[item] for item in n.all_input_nodes}
+                return _norm_of_kept(call.op, _settings(call, given), value, gone)
         return super().run_node(n)
 
     def fetch_args_kwargs_from_env(self, n: fx.Node) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -89,19 +93,42 @@ class _Silenced(fx.Interpreter):
         return gone.repeat(copies)
 
 
-def _norm_of_kept(op: str, norm: nn.LayerNorm | nn.RMSNorm | nn.GroupNorm, value: Tensor, gone: Tensor) -> Tensor:
+class _Settings(NamedTuple):
+    """Of a norm; `groups` is None where it is over the last axis."""
+
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float | None
+    groups: int | None
+
+
+def _settings(call: Call, given: Mapping[str, Any]) -> _Settings:
+    """Of a module, or of a function whose operands have these values."""
+    if call.module is not None:
+        norm = cast("Any", call.module)
+        return _Settings(norm.weight, getattr(norm, "bias", None), norm.eps, getattr(norm, "num_groups", None))
+    values = {
+        name: given[item.name] if isinstance(item, fx.Node) else item
+        for name, item in call.arguments.items()
+        if name != "normalized_shape"
+    }
+    eps = values.get("eps", None if call.op == "rms_norm" else 1e-5)
+    return _Settings(values.get("weight"), values.get("bias"), eps, values.get("num_groups"))
+
+
+def _norm_of_kept(op: str, norm: _Settings, value: Tensor, gone: Tensor) -> Tensor:
     """A norm over the channels that are kept; zero for the others."""
     axis = _NORMS[op] % value.ndim
     if gone.numel() != gone.shape[axis]:
         raise ValueError(f"{op}: removed are not whole channels")
     kept = torch.nonzero(~gone.reshape(-1).expand(value.shape[axis])).reshape(-1)
-    weight, bias = (None if tensor is None else tensor[kept] for tensor in (norm.weight, getattr(norm, "bias", None)))
+    weight, bias = (None if tensor is None else tensor[kept] for tensor in (norm.weight, norm.bias))
     heard = value.index_select(axis, kept)
-    if isinstance(norm, nn.LayerNorm):
-        found = F.layer_norm(heard, (len(kept),), weight, bias, norm.eps)
-    elif isinstance(norm, nn.RMSNorm):
+    if norm.groups is not None:
+        alone = norm.groups == value.shape[axis]
+        found = F.group_norm(heard, len(kept) if alone else norm.groups, weight, bias, cast("float", norm.eps))
+    elif op == "rms_norm":
         found = F.rms_norm(heard, (len(kept),), weight, norm.eps)
     else:
-        alone = norm.num_groups == norm.num_channels
-        found = F.group_norm(heard, len(kept) if alone else norm.num_groups, weight, bias, norm.eps)
+        found = F.layer_norm(heard, (len(kept),), weight, bias, cast("float", norm.eps))
     return torch.zeros_like(value).index_copy(axis, kept, found)

@@ -1,26 +1,31 @@
-"""Names of passes, backends and pipelines. All of them, the built-in ones too, come from entry points.
+"""Names of passes, backends and pipelines, and channel rules of plugins, by entry point.
 
-Three groups: `fxopt.passes` and `fxopt.backends` name classes; `fxopt.pipelines` names sequences of pass specs, such as
-"default". Listing imports every plugin; a broken one is named in a warning and left out. Looking a name up imports that
-one alone.
+Four groups: `fxopt.passes` and `fxopt.backends` name classes; `fxopt.pipelines` names sequences of pass specs, such as
+"default". These hold the built-in ones too. `fxopt.channel_rules` names the rules of `fxopt/analysis/channel_rules.py`
+that plugins add for operators of their own. Listing imports every plugin; a broken one is named in a warning and left
+out. Looking a name up imports that one alone.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fxopt.backend import Backend
 from fxopt.errors import RegistryError
 from fxopt.passes_base import Pass
 from fxopt.spec import configure, parse_spec
 
+if TYPE_CHECKING:
+    from fxopt.analysis.channel_rules import Rule
+
 __all__ = [
     "BrokenPluginWarning",
     "Step",
     "backends",
+    "channel_rules",
     "find_backend",
     "make_backend",
     "make_pass",
@@ -30,6 +35,7 @@ __all__ = [
 ]
 
 _PASSES, _BACKENDS, _PIPELINES = "fxopt.passes", "fxopt.backends", "fxopt.pipelines"
+_CHANNEL_RULES = "fxopt.channel_rules"
 _SINGULAR = {_PASSES: "pass", _BACKENDS: "backend", _PIPELINES: "pipeline"}
 
 
@@ -125,6 +131,39 @@ def make_backend(wanted: str | Backend) -> Backend:
     name, options = parse_spec(wanted)
     made: Backend = configure(find_backend(name), options)
     return made
+
+
+def channel_rules(operators: Iterable[str], builtin: Collection[str]) -> Mapping[str, Rule]:
+    """The channel rules that plugins give for some operators, by canonical name; only these are imported.
+
+    Args:
+        operators: canonical names. That of an operator outside the table, "unknown:mylib.gate.default", is registered
+            without its "unknown:".
+        builtin: names of the operators that have a built-in rule, which a plugin cannot replace.
+
+    Raises:
+        RegistryError: if the rule of one of these operators cannot be imported, is no function, is registered twice,
+            or is built in.
+    """
+    known = _by_name(_CHANNEL_RULES)
+    rules: dict[str, Rule] = {}
+    for op in operators:
+        entries = known.get(op.removeprefix("unknown:"))
+        if entries is None:
+            continue
+        if op in builtin:
+            owners = " and ".join(sorted(_distribution(entry) for entry in entries))
+            raise RegistryError(
+                f"{owners} registers a channel rule for {op!r}, which has a built-in one; "
+                "give rules of your own to find_channels(rules=...), or uninstall it"
+            )
+        if len(entries) > 1:
+            raise RegistryError(_duplicate(entries[0].name, entries))
+        rule = _load(entries[0])
+        if not callable(rule):
+            raise RegistryError(f"the channel rule {op!r} of {_distribution(entries[0])} is no function, but {rule!r}")
+        rules[op] = rule
+    return rules
 
 
 def _not_made(given: object, kind: type[Any], example: str) -> str:

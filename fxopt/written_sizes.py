@@ -7,6 +7,7 @@ or that are computed and come to something else now, are replaced by what they h
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
@@ -17,7 +18,7 @@ from torch import fx, nn
 from fxopt import edit
 from fxopt.analysis.channels import Channels
 from fxopt.analysis.labels import Labels
-from fxopt.ops import Call
+from fxopt.ops import Call, operators
 from fxopt.program import Program
 
 __all__ = ["rewrite_sizes"]
@@ -33,12 +34,23 @@ def rewrite_sizes(program: Program, old: Channels, new: Channels) -> None:
     """
     numbers = _Numbers(program, new)
     for node in program.nodes:
-        touched = [item.name for item in (node, *node.all_input_nodes)]
-        if any(_shape(old.values[name]) != _shape(new.values[name]) for name in touched):
-            call = program.call(node)
-            rewrite = _REWRITES.get(call.op)
-            if rewrite is not None:
-                rewrite(_Site(program, node, call, old, new, numbers))
+        call = program.call(node)
+        rewrite = _REWRITES.get(call.op)
+        if rewrite is not None and _is_touched(node, old, new):
+            rewrite(_Site(program, node, call, old, new, numbers))
+
+
+def _is_touched(node: fx.Node, old: Channels, new: Channels) -> bool:
+    """Whether sizes change at a node, or may as they are computed; nodes that were added since compute numbers."""
+    touched = [item.name for item in (node, *node.all_input_nodes)]
+    return any(
+        not _is_labelled(old.values.get(name)) or _shape(old.values[name]) != _shape(new.values[name])
+        for name in touched
+    )
+
+
+def _is_labelled(value: Any) -> bool:
+    return isinstance(value, Labels) or (isinstance(value, tuple | list) and any(map(_is_labelled, value)))
 
 
 @dataclass(frozen=True)
@@ -69,6 +81,14 @@ class _Site:
     def number(self, name: str, default: Any = None) -> Any:
         """What an argument comes to afterwards."""
         return self.numbers.of(self.call.arguments.get(name, default))
+
+    def moves(self, dim: int, *numbers: Any) -> bool:
+        """Whether an axis of the first argument shrinks, or numbers that say where to cut it come to something else."""
+        return self.before.shape[dim] != self.after.shape[dim] or self.was(numbers) != self.numbers.of(numbers)
+
+    def was(self, argument: Any) -> Any:
+        """What an argument came to before."""
+        return _Numbers(self.program, self.old).of(argument)
 
     def set(self, target: Callable[..., Any], *args: Any) -> None:
         edit.set_call(self.program, self.node, target, (self.source, *args))
@@ -106,14 +126,14 @@ class _Numbers:
 
 
 def _reshape(site: _Site) -> None:
-    _set_sizes(site, "shape", torch.reshape)
+    _set_sizes(site, "shape", torch.reshape, may_infer=True)
 
 
 def _expand(site: _Site) -> None:
-    _set_sizes(site, "sizes", torch.Tensor.expand)
+    _set_sizes(site, "sizes", torch.Tensor.expand, may_infer=False)
 
 
-def _set_sizes(site: _Site, name: str, target: Callable[..., Any]) -> None:
+def _set_sizes(site: _Site, name: str, target: Callable[..., Any], *, may_infer: bool) -> None:
     listed = list(site.call.arguments[name])
     wanted = site.new.values[site.node.name].shape
     whole = site.numbers.of(listed[0])
@@ -122,7 +142,7 @@ def _set_sizes(site: _Site, name: str, target: Callable[..., Any]) -> None:
         if tuple(whole) != wanted:
             site.set(target, [-1, *wanted[1:]])
         return
-    fitting = _fitting(site, listed, wanted)
+    fitting = _fitting(site, listed, wanted, may_infer=may_infer)
     if fitting != listed:
         site.set(target, fitting)
 
@@ -133,16 +153,39 @@ def _unflatten(site: _Site) -> None:
     sizes: Any = site.call.arguments["sizes"] if module is None else module.unflattened_size
     listed = list(site.numbers.of(sizes)) if isinstance(sizes, fx.Node) else list(sizes)
     start = site.before.index(dim)
-    fitting = _fitting(site, listed, site.new.values[site.node.name].shape[start : start + len(listed)])
+    wanted = site.new.values[site.node.name].shape[start : start + len(listed)]
+    fitting = _fitting(site, listed, wanted, may_infer=True)
     if fitting != listed and module is not None:
         edit.set_module(site.program, site.node, nn.Unflatten(dim, tuple(fitting)))
     elif fitting != listed:
         site.set(torch.unflatten, dim, fitting)
 
 
-def _fitting(site: _Site, sizes: Sequence[Any], wanted: Sequence[int]) -> list[Any]:
-    """Each size as it is if it comes to what is wanted, or is left open (-1); else what is wanted."""
-    return [item if site.numbers.of(item) in (-1, size) else size for item, size in zip(sizes, wanted, strict=True)]
+def _fitting(site: _Site, sizes: Sequence[Any], wanted: Sequence[int], *, may_infer: bool) -> list[Any]:
+    """Each size as it is if it comes to what is wanted, or is left open (-1); else what is wanted.
+
+    One that is computed may hold the batch: it is left open, or, where another is or `may_infer` is not set, scaled.
+    """
+    pairs = list(zip(sizes, wanted, strict=True))
+    misfits = [item for item, size in pairs if site.numbers.of(item) not in (-1, size)]
+    infer = may_infer and -1 not in sizes and sum(isinstance(item, fx.Node) for item in misfits) == 1
+    fitting = []
+    for item, size in pairs:
+        now = site.numbers.of(item)
+        if now in (-1, size):
+            fitting.append(item)
+        elif not isinstance(item, fx.Node):
+            fitting.append(size)
+        else:
+            fitting.append(-1 if infer else _scaled(site, item, size, now))
+    return fitting
+
+
+def _scaled(site: _Site, number: fx.Node, wanted: int, now: int) -> fx.Node:
+    """A computed size times wanted / now, a whole number at every batch size."""
+    common = math.gcd(wanted, now)
+    product = edit.insert_before(site.program, site.node, operator.mul, (number, wanted // common))
+    return edit.insert_before(site.program, site.node, operator.floordiv, (product, now // common))
 
 
 def _parts(site: _Site) -> None:
@@ -169,22 +212,22 @@ def _tensor_split(site: _Site) -> None:
 
 def _slice(site: _Site) -> None:
     dim = site.before.index(site.number("dim", 0))
-    if site.before.shape[dim] != site.after.shape[dim]:
-        bounds = site.call.arguments.get("start"), site.call.arguments.get("end")
-        site.set(torch.ops.aten.slice.Tensor, dim, *_moved(site, *bounds))
+    bounds = site.call.arguments.get("start"), site.call.arguments.get("end")
+    if site.moves(dim, *bounds):
+        site.set(torch.ops.aten.slice.Tensor, dim, *_moved(site, dim, *bounds), site.call.arguments.get("step", 1))
 
 
 def _narrow(site: _Site) -> None:
     dim = site.before.index(site.number("dim"))
-    if site.before.shape[dim] != site.after.shape[dim]:
-        start, length = site.call.arguments["start"], site.call.arguments["length"]
-        begin, end = _moved(site, start, start + length)
+    start, length = site.call.arguments["start"], site.call.arguments["length"]
+    if site.moves(dim, start, length):
+        begin, end = _moved(site, dim, start, site.was(start) + site.was(length))
         site.set(torch.narrow, dim, begin, end - begin)
 
 
 def _getitem(site: _Site) -> None:
-    if not isinstance(site.old.values[site.source.name], Labels):
-        return  # one of several tensors
+    if not isinstance(site.old.values.get(site.source.name), Labels):
+        return  # one of several tensors, or sizes
     index = site.call.arguments["index"]
     items = list(index) if isinstance(index, tuple | list) else [index]
     changed = list(items)
@@ -193,20 +236,44 @@ def _getitem(site: _Site) -> None:
         if item is Ellipsis:
             axis = len(site.before.shape) - sum(1 for later in items[position + 1 :] if later is not None)
         elif item is not None:
-            if isinstance(item, slice) and site.before.shape[axis] != site.after.shape[axis] and item != slice(None):
-                changed[position] = slice(*_moved(site, item.start, item.stop))
+            if isinstance(item, slice) and item != slice(None) and site.moves(axis, item.start, item.stop):
+                changed[position] = slice(*_moved(site, axis, item.start, item.stop), item.step)
             axis += 1
     if changed != items:
         edit.set_arguments(site.program, site.node, (site.source, tuple(changed)))
 
 
-def _moved(site: _Site, start: Any, stop: Any) -> tuple[int, int]:
-    """Where a range of the first argument's channels begins and ends once some of them are gone."""
-    left = set(site.after.compact.reshape(-1).tolist())
-    kept = [label in left for label in site.before.compact.reshape(-1).tolist()]
-    before = _Numbers(site.program, site.old)
-    begin, end, _ = slice(before.of(start), before.of(stop)).indices(len(kept))
+def _moved(site: _Site, dim: int, start: Any, stop: Any) -> tuple[int, int]:
+    """Where a range of places along an axis of the first argument begins and ends once some of them are gone."""
+    count = site.before.shape[dim]
+    kept = [True] * count
+    if count != site.after.shape[dim]:
+        left = set(site.after.compact.reshape(-1).tolist())
+        kept = [label in left for label in site.before.compact.reshape(-1).tolist()]
+    begin, end, _ = slice(site.was(start), site.was(stop)).indices(count)
     return sum(kept[:begin]), sum(kept[:end])
+
+
+def _normalized_shape(site: _Site) -> None:
+    if site.call.module is None and site.before.shape[-1] != site.after.shape[-1]:
+        _set_argument(site, "normalized_shape", [site.after.shape[-1]])
+
+
+def _num_groups(site: _Site) -> None:
+    """Groups of one channel each are as many as the channels."""
+    count = site.after.shape[1]
+    if site.call.module is None and site.number("num_groups") == site.before.shape[1] != count:
+        _set_argument(site, "num_groups", count)
+
+
+def _set_argument(site: _Site, name: str, value: Any) -> None:
+    position = operators()[site.call.op].parameters.index(name)
+    args, kwargs = list(site.node.args), dict(site.node.kwargs)
+    if position < len(args):
+        args[position] = value
+    else:
+        kwargs[name] = value
+    edit.set_arguments(site.program, site.node, args, kwargs)
 
 
 def _attention(site: _Site) -> None:
@@ -235,5 +302,8 @@ _REWRITES: Mapping[str, Callable[[_Site], None]] = {
     "slice": _slice,
     "narrow": _narrow,
     "getitem": _getitem,
+    "layer_norm": _normalized_shape,
+    "rms_norm": _normalized_shape,
+    "group_norm": _num_groups,
     "scaled_dot_product_attention": _attention,
 }

@@ -63,7 +63,7 @@ def test_its_own_tests_pass(installed: Path, new_process: NewProcess) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(EXAMPLE)]
     result = new_process.run(["-m", "pytest", *options, str(EXAMPLE / "tests")], path=[installed])
     assert result.returncode == 0, result.stdout
-    assert "4 passed" in result.stdout
+    assert "6 passed" in result.stdout
 
 
 def test_is_unknown_where_it_is_not_installed(new_process: NewProcess) -> None:

@@ -9,8 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import fxopt
 from fxopt import registry
+from fxopt.analysis.channel_rules import builtin_rules
+from fxopt.analysis.channels import find_channels
 from fxopt.errors import RegistryError
 from fxopt.lowering import OnnxBackend
 from fxopt.passes import DEFAULT, FoldBatchNorm
@@ -111,6 +116,63 @@ def test_a_plugin_cannot_take_a_built_in_name(install: Install) -> None:
     with pytest.raises(RegistryError, match="is registered by fxopt and fxopt_thief"):
         make_pass("fold_batch_norm")
     make_pass("simplify")
+
+
+RULES = """
+calls = []
+def gate(scope, node):
+    calls.append(node.name)
+    return scope.input(node)
+broken = 3
+"""
+
+
+def test_a_plugin_may_bring_a_channel_rule(install: Install) -> None:
+    install("fxopt_gate", "[fxopt.channel_rules]\nmylib.gate.default = fxopt_gate:gate\nsort = no_such:rule\n", RULES)
+    found = registry.channel_rules(["relu", "unknown:mylib.gate.default"], {"relu"})
+    assert list(found) == ["unknown:mylib.gate.default"]
+    assert registry.channel_rules(["relu"], {"relu"}) == {}
+
+
+def sorting() -> fxopt.Program:
+    class Sorts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 8), nn.Linear(8, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(self.first(x).sort(0)[0])  # type: ignore[no-any-return]
+
+    return fxopt.capture(Sorts().eval(), torch.randn(4, 3), frontend="symbolic")
+
+
+def test_channels_are_followed_by_the_rule_of_a_plugin(install: Install) -> None:
+    source = "def sort(scope, node):\n    return (scope.input(node),) * 2\n"
+    assert find_channels(sorting()).groups[0].locked == "sort at sort has no rule"
+    install("fxopt_sort", "[fxopt.channel_rules]\nsort = fxopt_sort:sort\n", source)
+    assert find_channels(sorting()).groups[0].locked is None
+    assert find_channels(sorting(), rules=builtin_rules()).groups[0].locked == "sort at sort has no rule"
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("sort = fxopt_gate:none", "'sort' of the distribution fxopt_gate cannot be imported .*'none'.*; reinstall"),
+        ("sort = fxopt_gate:broken", "the channel rule 'unknown:sort' of fxopt_gate is no function, but 3"),
+        ("linear = fxopt_gate:gate", "fxopt_gate registers a channel rule for 'linear', which has a built-in one"),
+    ],
+)
+def test_channel_rules_that_are_refused_once_they_are_needed(install: Install, entry: str, message: str) -> None:
+    install("fxopt_gate", f"[fxopt.channel_rules]\n{entry}\nrelu = fxopt_gate:gate\n", RULES)
+    with pytest.raises(RegistryError, match=message):
+        find_channels(sorting())
+
+
+def test_a_channel_rule_that_two_distributions_claim_is_an_error_naming_both(install: Install) -> None:
+    install("fxopt_one", "[fxopt.channel_rules]\nsort = fxopt_one:gate\n", RULES)
+    install("fxopt_two", "[fxopt.channel_rules]\nsort = fxopt_two:gate\n", RULES)
+    with pytest.raises(RegistryError, match="the name 'sort' is registered by fxopt_one and fxopt_two"):
+        find_channels(sorting())
 
 
 def test_unknown_names_list_the_known_ones() -> None:

@@ -56,12 +56,17 @@ class _Way(Beginning):
         }
 
     def prune(self) -> Mapping[str, Any]:
-        """The pass, as `fxopt.optimize` runs it on what it captured; `errors` say how far the outputs moved."""
+        """The pass, as `fxopt.optimize` runs it on what it captured; `errors` say how far the outputs moved.
+
+        Without compensation: that the removal is exact says nothing of a program whose biases moved too.
+        """
         from fxopt.manager import PassManager
         from fxopt.passes.prune_channels import PruneChannels
 
         with recorded_warnings() as messages:
-            self._pruned = PassManager([PruneChannels(ratio=RATIO)], on_no_match="ignore").run(self.program)
+            self._pruned = PassManager([PruneChannels(ratio=RATIO, compensate=False)], on_no_match="ignore").run(
+                self.program
+            )
         (report,) = self._pruned.report.passes
         self._rewrites = report.rewrites
         rolled_back = [str(skip) for skip in report.skips if "rolled back" in skip.why]

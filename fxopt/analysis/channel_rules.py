@@ -1,7 +1,7 @@
 """How each operator passes channels on: one rule per operator, in one table.
 
 A layout operator is its own rule: it is run on the labels. Elementwise operators make the labels of their operands one,
-contractions those of the axis that they sum over, layers give labels of their own to what they compute. An operator
+contractions those of the axis that they sum over; the rules of layers are in `channel_layers`. An operator
 that mixes along an axis whose channels could be removed locks them, unless they form a grid: then the removal is the
 same at every place of that axis. An operator without a rule locks whatever reaches it.
 """
@@ -12,8 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx, nn
+from torch import fx
 
+from fxopt.analysis import channel_layers
 from fxopt.analysis.channel_scope import Scope
 from fxopt.analysis.labels import Labels
 from fxopt.ops import Call, operators
@@ -46,11 +47,18 @@ def _elementwise(scope: Scope, node: fx.Node) -> Labels:
 def _joined(scope: Scope, left: Labels, right: Labels, why: str) -> Labels:
     """The labels of two broadcast operands, made one."""
     shape = tuple(max(sizes) for sizes in zip(left.shape, right.shape, strict=True))
-    for one, other in ((left, right), (right, left)):
-        if any(one.shape[axis] == 1 for axis in scope.space.reduced(other).axes):
+    pair = [left, right]
+    for place in (0, 1):
+        one, other = pair[place], pair[1 - place]
+        spread = [axis for axis in scope.space.reduced(other).axes if one.shape[axis] == 1]
+        if not spread:
+            continue
+        if set(scope.space.reduced(one).axes).isdisjoint(scope.space.reduced(other).axes):
             # each element of it stands for all channels of the other: it stays whatever is removed there
             scope.space.lock(one.compact, f"{why}, with every channel of the other operand")
             return Labels(other.compact, shape)
+        pair[1 - place] = scope.mixed(other, spread, why)
+    left, right = pair
     scope.space.join(left.compact, right.compact, why)
     return Labels(torch.maximum(left.compact, right.compact), shape)
 
@@ -62,6 +70,27 @@ def _layout(scope: Scope, node: fx.Node) -> Any:
 def _reshape(scope: Scope, node: fx.Node) -> Labels:
     # labels are expanded, which `view` does not take
     return Labels.of(scope.input(node).full().reshape(scope.shape(node)))
+
+
+def _view_as(scope: Scope, node: fx.Node) -> Labels:
+    """The shape is another tensor's: what is removed of one is removed of the other."""
+    other = scope.tensor(scope.call(node).arguments["other"])
+    viewed = Labels.of(scope.input(node).full().reshape(other.shape))
+    return _joined(scope, viewed, other, f"given the shape of a value of fixed size at {node.name}")
+
+
+def _same(scope: Scope, node: fx.Node) -> Labels:
+    return scope.input(node)
+
+
+def _repeat_interleave(scope: Scope, node: fx.Node) -> Any:
+    arguments = scope.call(node).arguments
+    value = scope.input(node)
+    dim = arguments.get("dim")
+    if not isinstance(arguments["repeats"], int):
+        axes = range(len(value.shape)) if dim is None else [dim]
+        value = scope.mixed(value, axes, f"repeated at {node.name}")
+    return _layout_of(scope, node, value)
 
 
 def _run(scope: Scope, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,6 +203,35 @@ def _pool(scope: Scope, node: fx.Node) -> Labels:
     return scope.resized(value, range(len(shape) - count, len(shape)), shape, f"pooled at {node.name}")
 
 
+def _unfold(scope: Scope, node: fx.Node) -> Labels:
+    """Windows along one axis; the places in a window become the last."""
+    axis, shape = scope.value(scope.call(node).arguments["dim"]), scope.shape(node)
+    value = scope.input(node)
+    return Labels(scope.resized(value, [axis], value.shape, f"unfolded at {node.name}").compact.unsqueeze(-1), shape)
+
+
+def _im2col(scope: Scope, node: fx.Node) -> Labels:
+    """[B, C, H, W] -> [B, C * places of the kernel, windows]."""
+    vector, shape = scope.vector(scope.input(node), 1, f"unfolded at {node.name}"), scope.shape(node)
+    return Labels.along(vector.repeat_interleave(shape[1] // len(vector)), 1, shape)
+
+
+def _col2im(scope: Scope, node: fx.Node) -> Labels:
+    """[B, C * places of the kernel, windows] -> [B, C, H, W]."""
+    vector, shape = scope.vector(scope.input(node), 1, f"folded at {node.name}"), scope.shape(node)
+    grid = vector.reshape(shape[1], -1)
+    scope.space.join(grid[:, :1], grid, f"folded with fixed channels at {node.name}")
+    return Labels.along(grid[:, 0], 1, shape)
+
+
+def _glu(scope: Scope, node: fx.Node) -> Labels:
+    """The first half times the sigmoid of the second."""
+    call = scope.call(node)
+    axis = scope.value(call.arguments.get("dim", getattr(call.module, "dim", -1)))
+    first, second = scope.input(node).full().chunk(2, axis)
+    return _joined(scope, Labels.of(first), Labels.of(second), f"meets fixed channels at {node.name}")
+
+
 def _reduce(scope: Scope, node: fx.Node) -> Labels:
     call = scope.call(node)
     value = scope.input(node)
@@ -181,7 +239,7 @@ def _reduce(scope: Scope, node: fx.Node) -> Labels:
     dims = scope.value(call.arguments.get("dim", call.arguments.get("arg1")))
     listed = (
         range(len(value.shape))
-        if dims is None or dims in ((), [])
+        if dims is None or isinstance(dims, bool) or dims in ((), [])
         else dims
         if isinstance(dims, tuple | list)
         else [dims]
@@ -204,117 +262,6 @@ def _along(scope: Scope, node: fx.Node) -> Labels:
     dim = (1 if call.op == "normalize" else -1) if dim is None else dim
     axes = dim if isinstance(dim, tuple | list) else [dim]
     return scope.mixed(value, [value.index(axis) for axis in axes], f"{_noun(call)} over channels at {node.name}")
-
-
-def _convolution(scope: Scope, node: fx.Node) -> Labels:
-    call = scope.call(node)
-    layer = cast("nn.Conv2d", call.module)
-    value, shape = scope.input(node), scope.shape(node)
-    axis = len(shape) - int(call.op[-2]) - 1
-    transposed = call.op.startswith("conv_transpose")
-    inputs = scope.vector(value, axis, f"read at {node.name}")
-    outputs = scope.space.fresh(layer.out_channels)
-    grid_in, grid_out = inputs.reshape(layer.groups, -1), outputs.reshape(layer.groups, -1)
-    why = f"grouped with fixed channels at {node.name}"
-    first_in, first_out = inputs, outputs
-    if layer.groups > 1 and layer.groups >= grid_in.shape[1]:
-        # narrow groups go as a whole
-        scope.space.join(grid_out[:, :1], grid_out, why)
-        scope.space.join(grid_out[:, :1], grid_in, why)
-        scope.member(node, "groups", None, grid_out[:, 0])
-    elif layer.groups > 1:
-        # wide groups all shrink alike
-        scope.space.join(grid_in[:1], grid_in, why)
-        scope.space.join(grid_out[:1], grid_out, why)
-        first_in, first_out = grid_in[0], grid_out[0]
-    whole = layer.groups > 1 and layer.groups >= grid_in.shape[1]
-    if transposed:
-        scope.member(node, "weight", 0, inputs)
-        if not whole:
-            scope.member(node, "weight", 1, first_out)
-    else:
-        scope.member(node, "weight", 0, outputs)
-        if not whole:
-            scope.member(node, "weight", 1, first_in)
-    scope.member(node, "bias", 0, outputs)
-    scope.member(node, "in_channels", None, inputs)
-    scope.member(node, "out_channels", None, outputs)
-    return Labels.along(outputs, axis, shape)
-
-
-def _linear(scope: Scope, node: fx.Node) -> Labels:
-    call = scope.call(node)
-    layer = cast("nn.Linear", call.module)
-    inputs = scope.vector(scope.input(node), -1, f"read at {node.name}")
-    outputs = scope.space.fresh(layer.out_features)
-    scope.member(node, "weight", 0, outputs)
-    scope.member(node, "weight", 1, inputs)
-    scope.member(node, "bias", 0, outputs)
-    scope.member(node, "in_features", None, inputs)
-    scope.member(node, "out_features", None, outputs)
-    shape = scope.shape(node)
-    return Labels.along(outputs, len(shape) - 1, shape)
-
-
-def _embedding(scope: Scope, node: fx.Node) -> Labels:
-    call = scope.call(node)
-    table = cast("nn.Embedding", call.module)
-    outputs = scope.space.fresh(table.embedding_dim)
-    scope.member(node, "weight", 0, torch.zeros(table.num_embeddings, dtype=torch.int64))
-    scope.member(node, "weight", 1, outputs)
-    scope.member(node, "embedding_dim", None, outputs)
-    shape = scope.shape(node)
-    return Labels.along(outputs, len(shape) - 1, shape)
-
-
-def _channel_norm(scope: Scope, node: fx.Node) -> Labels:
-    """Batch and instance norm: every channel by itself."""
-    shape = scope.shape(node)
-    vector = scope.vector(scope.input(node), 1, f"read at {node.name}")
-    for name in ("weight", "bias", "running_mean", "running_var"):
-        scope.member(node, name, 0, vector)
-    scope.member(node, "num_features", None, vector)
-    return Labels.along(vector, 1, shape)
-
-
-def _layer_norm(scope: Scope, node: fx.Node) -> Any:
-    call = scope.call(node)
-    layer = cast("nn.LayerNorm", call.module)
-    value, shape = scope.input(node), scope.shape(node)
-    if len(layer.normalized_shape) > 1:
-        return scope.barrier(node, f"normalised over several axes at {node.name}")
-    vector = scope.vector(value, -1, f"read at {node.name}")
-    for name in ("weight", "bias"):
-        scope.member(node, name, 0, vector)
-    scope.member(node, "normalized_shape", None, vector)
-    return Labels.along(vector, len(shape) - 1, shape)
-
-
-def _group_norm(scope: Scope, node: fx.Node) -> Labels:
-    call = scope.call(node)
-    layer = cast("nn.GroupNorm", call.module)
-    vector = scope.vector(scope.input(node), 1, f"read at {node.name}")
-    grid = vector.reshape(layer.num_groups, -1)
-    if grid.shape[1] == 1:
-        scope.member(node, "num_groups", None, vector)
-    else:
-        scope.space.join(grid[:1], grid, f"normalised with fixed channels at {node.name}")
-    for name in ("weight", "bias"):
-        scope.member(node, name, 0, vector)
-    scope.member(node, "num_channels", None, vector)
-    return Labels.along(vector, 1, scope.shape(node))
-
-
-def _prelu(scope: Scope, node: fx.Node) -> Labels:
-    call = scope.call(node)
-    layer = cast("nn.PReLU", call.module)
-    value = scope.input(node)
-    if layer.num_parameters == 1:
-        return value
-    vector = scope.vector(value, 1, f"read at {node.name}")
-    scope.member(node, "weight", 0, vector)
-    scope.member(node, "num_parameters", None, vector)
-    return Labels.along(vector, 1, value.shape)
 
 
 def _matmul(scope: Scope, node: fx.Node) -> Any:
@@ -380,20 +327,26 @@ def _noun(call: Call) -> str:
 
 
 _RULES: tuple[tuple[str, Rule], ...] = (
-    ("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", _convolution),
-    ("linear", _linear),
-    ("embedding", _embedding),
-    ("batch_norm instance_norm", _channel_norm),
-    ("layer_norm rms_norm", _layer_norm),
-    ("group_norm", _group_norm),
-    ("prelu", _prelu),
+    ("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d", channel_layers.convolution),
+    ("linear", channel_layers.linear),
+    ("embedding", channel_layers.embedding),
+    ("batch_norm instance_norm", channel_layers.channel_norm),
+    ("layer_norm rms_norm", channel_layers.layer_norm),
+    ("group_norm", channel_layers.group_norm),
+    ("prelu", channel_layers.prelu),
     (
         "flatten unflatten permute transpose t squeeze unsqueeze expand repeat cat stack split chunk flip "
-        "pixel_unshuffle unknown:aten.repeat_interleave.self_int "
-        "unknown:aten.tensor_split.indices unknown:aten.tensor_split.sections unknown:aten.movedim.int",
+        "pixel_unshuffle movedim unknown:aten.tensor_split.indices unknown:aten.tensor_split.sections",
         _layout,
     ),
     ("view reshape", _reshape),
+    ("view_as", _view_as),
+    ("type_as", _same),
+    ("repeat_interleave", _repeat_interleave),
+    ("unfold", _unfold),
+    ("im2col", _im2col),
+    ("col2im", _col2im),
+    ("glu", _glu),
     ("channel_shuffle pixel_shuffle", _shuffle),
     ("select", _select),
     ("getitem", _getitem),
@@ -410,11 +363,10 @@ _RULES: tuple[tuple[str, Rule], ...] = (
     ),
     ("interpolate", _pool),
     (
-        "mean sum unknown:aten.amax.default unknown:aten.amin.default unknown:aten.var.correction "
-        "unknown:aten.std.correction unknown:aten.linalg_vector_norm.default unknown:aten.logsumexp.default",
+        "mean sum amax amin var std norm logsumexp",
         _reduce,
     ),
-    ("softmax log_softmax normalize unknown:aten.cumsum.default", _along),
+    ("softmax log_softmax normalize unknown:aten.cumsum.default unknown:torch.cumsum unknown:cumsum", _along),
     ("dropout1d dropout2d dropout3d alpha_dropout drop_path", _elementwise),
     ("matmul mm bmm", _matmul),
     ("einsum", _einsum),

@@ -120,6 +120,11 @@ class Scope:
                 compact = compact.narrow(other, 0, 1)
         return compact.reshape(-1).expand(value.shape[axis])
 
+    def lies_across(self, value: Labels, axis: int) -> bool:
+        """Whether the labels depend on other axes than this one, and not on it."""
+        axes = self.space.reduced(value).axes
+        return bool(axes) and value.index(axis) not in axes
+
     def mixed(self, value: Labels, axes: Iterable[int], why: str) -> Labels:
         """The labels after an operator that mixes, or counts, along some axes.
 

@@ -98,9 +98,12 @@ def find_channels(
         program: what is analysed.
         attention: what may be removed of a grid of heads and channels: "heads", "head_dim" or "none".
         rules: of operators, by canonical name; those built in and those of plugins by default.
+
+    Raises:
+        RegistryError: if a plugin's rule for an operator of the program cannot be imported, or replaces a built-in one.
     """
     scope = Scope(program, attention, LabelSpace(), {}, [])
-    _propagate(scope, builtin_rules() if rules is None else rules)
+    _propagate(scope, _known_rules(program) if rules is None else rules)
     _tie_members(scope)
     _tie_grids(scope)
     values = {name: _map_labels(value, lambda item: _by_unit(scope, item)) for name, value in scope.values.items()}
@@ -125,6 +128,15 @@ BY_ATTENTION: Mapping[Attention, Callable[[Program], Channels]] = {
 """The analysis for each way to treat attention, for `Program.analysis`."""
 
 
+def _known_rules(program: Program) -> Mapping[str, Rule]:
+    """The built-in rules and those that plugins give for operators of the program."""
+    from fxopt.registry import channel_rules
+
+    builtin = builtin_rules()
+    operators = dict.fromkeys(program.op(node) for node in program.graph.nodes)
+    return {**builtin, **channel_rules(operators, builtin)}
+
+
 def _propagate(scope: Scope, rules: Mapping[str, Rule]) -> None:
     known = scope.program.analysis(shapes)
     read: dict[int, Labels] = {}
@@ -147,8 +159,6 @@ def _computed(scope: Scope, node: fx.Node, rules: Mapping[str, Rule]) -> Any:
         return scope.fixed(node)
     if call.op not in rules:
         return scope.barrier(node, f"{name} at {node.name} has no rule")
-    if call.op.startswith(_LAYERS) and call.module is None:
-        return scope.barrier(node, f"{name} at {node.name} takes its weight from elsewhere")
     try:
         found = rules[call.op](scope, node)
     except Exception as error:  # noqa: BLE001 (operators refuse labels in ways of their own; what is not followed is locked)
@@ -227,10 +237,15 @@ def _groups(scope: Scope, members: Sequence[Member]) -> list[ChannelGroup]:
     for unit in sorted(holders, key=order.__getitem__):
         by_holders.setdefault(tuple(holders[unit]), []).append(unit)
     nodes = {node.name: node for node in scope.program.graph.nodes}
+    given = _given_weights(scope.program)
     taken: dict[str, int] = {}
     found = []
     for held_by, units in by_holders.items():
+        # parameters that are read come last, also those that layers called as functions compute channels with
+        makers = [index for index in held_by if members[index].node in given]
         producer = members[held_by[0]]
+        if makers and not (producer.axis is not None and _produces(scope.program, nodes[producer.node], producer.axis)):
+            producer = members[makers[0]]
         name = ".".join(filter(None, [str(nodes[producer.node].target), producer.name]))
         taken[name] = taken.get(name, 0) + 1
         numbered = name if taken[name] == 1 else f"{name}#{taken[name]}"
@@ -254,6 +269,24 @@ def _locked_groups(scope: Scope, taken: dict[str, int]) -> list[ChannelGroup]:
         taken[name] = taken.get(name, 0) + 1
         numbered = name if taken[name] == 1 else f"{name}#{taken[name]}"
         found.append(ChannelGroup(numbered, item.node, tuple(locked.tolist()), (), why))
+    return found
+
+
+def _given_weights(program: Program) -> set[str]:
+    """The nodes that read the weights of layers which are called as functions: of each the largest tensor behind it."""
+    found = set()
+    for node in program.graph.nodes:
+        call = program.call(node)
+        weight = call.arguments.get("weight")
+        if call.module is None and call.op.startswith(("conv", "linear")) and isinstance(weight, fx.Node):
+            waiting, seen = [weight], {weight}
+            while waiting:
+                more = [item for item in waiting.pop().all_input_nodes if item not in seen]
+                waiting += more
+                seen.update(more)
+            read = {item: program.tensor_of(item) for item in seen if item.op == "get_attr"}
+            sizes = {item: tensor.numel() for item, tensor in read.items() if tensor is not None}
+            found.update([max(sizes, key=sizes.__getitem__).name] if sizes else [])
     return found
 
 

@@ -75,7 +75,7 @@ def assert_exact(program: Program, channels: Channels, units: list[int]) -> Prog
     assert program.text() == text
     known = pruned.analysis(shapes)
     for node in pruned.nodes:
-        value = left.values[node.name]
+        value = left.values.get(node.name)
         assert not isinstance(value, Labels) or known[node.name].shape == value.shape, node.name
     for size in (None, 3):
         inputs = program.inputs_with_batch(size, seed=1)
@@ -191,6 +191,24 @@ def from_windows(x: torch.Tensor) -> torch.Tensor:
     return x.view(-1, 2, 2, 2, 2, 8).permute(0, 5, 1, 3, 2, 4).reshape(-1, 8, 4, 4)
 
 
+def last(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 2, 3, 1)
+
+
+def first(x: torch.Tensor) -> torch.Tensor:
+    return x.permute(0, 3, 1, 2)
+
+
+def counted_by_another(m: Any, x: torch.Tensor) -> torch.Tensor:
+    count = m.gate(x).shape[1]
+    return x.flatten(1).view(x.shape[0], count, -1)[:, : 2 * count // 2].view(x.shape)
+
+
+def of_statistics(x: torch.Tensor) -> torch.Tensor:
+    large, small = x.amax((2, 3), keepdim=True), torch.amin(x, -1, keepdim=True)
+    return x - large + small / (1 + x.std(3, keepdim=True) + x.var(2, keepdim=True) + x.norm(dim=(2, 3), keepdim=True))
+
+
 LAYOUTS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "permute": lambda m, x: x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2),
     "flatten": lambda m, x: x.flatten(1).view(x.shape[0], 8, 4, 4),
@@ -221,6 +239,28 @@ LAYOUTS: dict[str, Callable[[nn.Module, torch.Tensor], torch.Tensor]] = {
     "normalised over space": lambda m, x: F.normalize(x, dim=-1),
     "a product with space": lambda m, x: torch.matmul(x, x.transpose(2, 3)),
     "einsum": lambda m, x: torch.einsum("bchw,bchv->bcwv", x, x),
+    "batch and channels folded": lambda m, x: x.reshape(x.shape[0] * 16, 2, 4).transpose(1, 2).reshape(x.shape),
+    "folded beside an open size": lambda m, x: x.reshape(x.shape[0] * 16, -1, 4).flip(1).reshape(x.shape[0], 8, 4, 4),
+    "folded and expanded": lambda m, x: x.reshape(-1, 1, 4, 4).expand(x.shape[0] * 8, 2, 4, 4).sum(1).reshape(x.shape),
+    "sizes asked of another": counted_by_another,
+    "the shape of another": lambda m, x: (x * 2).flatten(1).view_as(x).reshape_as(x),
+    "expanded as another": lambda m, x: x.mean((2, 3), keepdim=True).expand_as(x).type_as(x),
+    "repeated in place": lambda m, x: x.repeat_interleave(2, dim=1).unflatten(1, (8, 2)).sum(2),
+    "statistics of each": lambda m, x: of_statistics(x),
+    "masked": lambda m, x: torch.where(x <= 1, x, torch.rsub(x, 1)) * torch.reciprocal(1 + x.square()),
+    "gated": lambda m, x: torch.cat([F.glu(x, 1)] * 2, 1),
+    "windows of rows": lambda m, x: x.unfold(2, 2, 2).flatten(2).view(x.shape),
+    "patches": lambda m, x: F.fold(F.unfold(x, 2, stride=2), (4, 4), 2, stride=2),
+    "patches by channel": lambda m, x: F.unfold(x, 2, stride=2).view(-1, 8, 4, 4),
+    "along the tokens": lambda m, x: m.tokens(x.flatten(2)).relu().view(x.shape),
+    "normalised along the tokens": lambda m, x: m.along(x.flatten(2)).view(x.shape),
+    "layer norm of a computed weight": lambda m, x: first(F.layer_norm(last(x), (8,), m.scale.weight * 2)),
+    "rms norm of a computed weight": lambda m, x: first(F.rms_norm(last(x), [8], weight=m.scale.weight * 2, eps=0.1)),
+    "group norm of a computed weight": lambda m, x: F.group_norm(x, 1, m.scale.weight * 2, eps=0.1),
+    "groups norm of a computed weight": lambda m, x: F.group_norm(x, 2, bias=m.scale.weight * 2),
+    "channel norm of a computed weight": lambda m, x: F.group_norm(x, num_groups=8, weight=m.scale.weight * 2),
+    "batch norm of a computed weight": lambda m, x: F.batch_norm(x, None, None, m.scale.weight * 2, training=True),
+    "prelu of a computed weight": lambda m, x: F.prelu(x, m.scale.weight * 2),
 }  # fmt: skip
 
 
@@ -232,6 +272,8 @@ def test_layouts(name: str) -> None:
         norm=nn.BatchNorm2d(8),
         gate=nn.Conv2d(8, 8, 1),
         one=nn.Conv2d(8, 1, 1),
+        tokens=nn.Linear(16, 16),
+        along=nn.LayerNorm(16),
         scale=nn.PReLU(8),
         mix=nn.Conv2d(8, 6, 1),
         last=nn.Conv2d(6, 2, 1),
@@ -249,10 +291,15 @@ REFUSED: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], str]] = {
     "their number": (lambda m, x: x / x.shape[1], "their number is used in arithmetic at truediv"),
     "padded": (lambda m, x: F.pad(x, (0, 0, 0, 0, 0, 2))[:, :8], "padded at pad"),
     "rolled": (lambda m, x: x.roll(1, 1), "rolled at roll"),
+    "largest": (lambda m, x: x - x.amax(1, keepdim=True), "amax over channels at amax"),
+    "repeated as often as each says": (
+        lambda m, x: x.repeat_interleave(torch.ones(8).long(), 1),
+        "repeated at repeat_interleave",
+    ),
     "in steps": (lambda m, x: torch.cat([x[:, ::2], x[:, ::2]], 1), "indexed at getitem"),
     "a computed weight": (
         lambda m, x: F.conv2d(x, m.mix.weight * 2)[:, [0] * 8],
-        "conv2d at conv2d takes its weight from elsewhere",
+        "conv2d at conv2d reads it with a weight from elsewhere (simplify makes constant ones parameters)",
     ),
 }  # fmt: skip
 
@@ -265,6 +312,49 @@ def test_what_is_not_followed_is_locked_with_the_reason(name: str) -> None:
     channels = find_channels(program)
     assert locked(channels)["conv.weight"] == why
     assert_all_removals_exact(program, channels)
+
+
+def standardised(weight: torch.Tensor) -> torch.Tensor:
+    return F.batch_norm(weight.reshape(1, 6, -1), None, None, training=True).reshape_as(weight)
+
+
+GIVEN: dict[str, Callable[[Any, torch.Tensor], torch.Tensor]] = {
+    "standardised": lambda m, x: F.conv2d(x, standardised(m.mix.weight), m.mix.bias * 2),
+    "scaled by channel": lambda m, x: F.conv2d(x, m.mix.weight * m.scale.weight.view(6, 1, 1, 1)),
+    "transposed": lambda m, x: F.conv_transpose2d(x, m.mix.weight.transpose(0, 1) * 2),
+    "linear": lambda m, x: first(F.linear(last(x), m.mix.weight.flatten(1), torch.cat([m.three.bias] * 2))),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", GIVEN)
+def test_of_a_layer_with_a_computed_weight_the_outputs_shrink(name: str) -> None:
+    model = Model(
+        lambda m, x: m.last(m.act(GIVEN[name](m, m.conv(x)))),
+        conv=nn.Conv2d(3, 8, 1),
+        mix=nn.Conv2d(8, 6, 1),
+        three=nn.Conv2d(3, 3, 1),
+        scale=nn.PReLU(6),
+        act=nn.ReLU(),
+        last=nn.Conv2d(6, 2, 1),
+    )
+    program = captured(model, 2, 3, 4, 4)
+    channels = find_channels(program)
+    op = {"linear": "linear", "transposed": "conv_transpose2d"}.get(name, "conv2d")
+    why = f"{op} at {op} reads it with a weight from elsewhere (simplify makes constant ones parameters)"
+    assert locked(channels)["conv.weight"] == why
+    assert_all_removals_exact(program, channels)
+
+
+def test_a_grouped_layer_with_a_computed_weight_is_locked() -> None:
+    model = Model(
+        lambda m, x: m.last(F.conv2d(m.conv(x), m.mix.weight * 2, groups=2)),
+        conv=nn.Conv2d(3, 8, 1),
+        mix=nn.Conv2d(8, 6, 1, groups=2),
+        last=nn.Conv2d(6, 2, 1),
+    )
+    channels = find_channels(captured(model, 2, 3, 4, 4))
+    assert free(channels) == {}
+    assert locked(channels)["conv.weight"] == "conv2d at conv2d is grouped, with a weight from elsewhere"
 
 
 @pytest.mark.parametrize("norm", [nn.LayerNorm(8), nn.LayerNorm(8, bias=False), nn.RMSNorm(8)], ids=str)

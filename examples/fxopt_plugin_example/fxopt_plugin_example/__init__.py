@@ -1,1 +1,1 @@
-"""An fxopt pass in a package of its own."""
+"""An fxopt pass, and an operator with its channel rule, in a package of their own."""

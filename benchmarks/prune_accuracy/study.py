@@ -1,0 +1,195 @@
+"""What is measured of a pruned network, the same way whoever pruned it.
+
+raw: its accuracy as it is. re-estimated: after fxopt's `reestimate_batch_norm` on the calibration images. fine-tuned:
+after one epoch on top of that. MACs are counted by torch's flop counter.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import fxopt
+from benchmarks.fashion_mnist import Images, accuracy, train
+
+__all__ = ["FXOPT", "PEER", "RATE", "Accuracy", "Network", "Row", "Setting", "Study", "macs"]
+
+FXOPT, PEER = "fxopt", "Torch-Pruning"
+RATE = 0.02
+"""The highest learning rate of the epoch: a tenth of the one that the network was trained with."""
+
+_BATCH = 256
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to prune.
+
+    Attributes:
+        side: `FXOPT` or `PEER`.
+        name: what it is called there.
+        prune: the trained network pruned to a share of its MACs, as a new module in evaluation mode.
+    """
+
+    side: str
+    name: str
+    prune: Callable[[float], nn.Module]
+
+    def __str__(self) -> str:
+        return f"{self.side}: {self.name}"
+
+
+class Accuracy(NamedTuple):
+    """The share of so many test images that is classified rightly."""
+
+    share: float
+    images: int
+
+
+@dataclass
+class Network:
+    """A pruned network and its accuracies. Settings that keep the same channels share it.
+
+    Attributes:
+        macs: over those of the unpruned network.
+        pruned: the network.
+        adapted: the same with its BatchNorm statistics re-estimated.
+        raw, reestimated: their accuracies.
+        finetuned: the accuracy after one epoch of training; None for one that is not trained.
+    """
+
+    macs: float
+    pruned: nn.Module = field(repr=False)
+    adapted: nn.Module = field(repr=False)
+    raw: Accuracy
+    reestimated: Accuracy
+    finetuned: Accuracy | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a setting gave at a budget: a network, or the reason why there is none."""
+
+    setting: Setting
+    budget: float
+    network: Network | None
+    failure: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain numbers and text."""
+        data: dict[str, Any] = {"side": self.setting.side, "setting": self.setting.name, "budget": self.budget}
+        if self.network is None:
+            return {**data, "failure": self.failure}
+        data["macs"] = self.network.macs
+        for name in ("raw", "reestimated", "finetuned"):
+            accuracy = getattr(self.network, name)
+            data[name] = None if accuracy is None else accuracy._asdict()
+        return data
+
+
+class Study:
+    """The trained network, the data, and the measurements.
+
+    Attributes:
+        model: the trained network.
+        calibration: the training images that may be looked at without training.
+        test: all test images that are used.
+        accuracy, race_accuracy: of the trained network, over all of them, and over those of the race.
+    """
+
+    def __init__(self, model: nn.Module, training: Images, test: Images, *, calibration: int, race: int) -> None:
+        self.model = model
+        self.training = training
+        self.calibration = training.first(calibration)
+        self.test = test
+        self._race = test.first(race)
+        self.accuracy, self.race_accuracy = (_measure(model, part).share for part in (test, self._race))
+        self._macs = macs(model, self.example)
+        self._networks: dict[str, Network] = {}
+
+    @property
+    def raced(self) -> int:
+        """How many test images all settings are measured on."""
+        return len(self._race)
+
+    @property
+    def example(self) -> Tensor:
+        """Two images."""
+        return self.calibration.pixels[:2]
+
+    @property
+    def batches(self) -> list[tuple[Tensor, Tensor]]:
+        """The calibration images with their classes."""
+        pixels, labels = self.calibration.pixels.split(_BATCH), self.calibration.labels.split(_BATCH)
+        return list(zip(pixels, labels, strict=True))
+
+    def comparable(self, accuracy: Accuracy) -> float:
+        """An accuracy; one over the race's images as if the trained network had its overall accuracy on these too."""
+        return accuracy.share + (0.0 if accuracy.images == len(self.test) else self.accuracy - self.race_accuracy)
+
+    def share_of_macs(self, module: nn.Module) -> float:
+        """Its MACs over those of the unpruned network."""
+        return macs(module, self.example) / self._macs
+
+    def race(self, setting: Setting, budget: float) -> Row:
+        """Prunes, re-estimates, and measures both on the first test images."""
+        try:
+            module = setting.prune(budget)
+        except Exception as error:  # noqa: BLE001 (a setting that cannot reach a budget is a result)
+            return Row(setting, budget, None, f"{type(error).__name__}: {error}")
+        key = _fingerprint(module)
+        if key not in self._networks:
+            adapted = self._reestimated(module)
+            raw, reestimated = (_measure(each, self._race) for each in (module, adapted))
+            self._networks[key] = Network(self.share_of_macs(module), module, adapted, raw, reestimated)
+        return Row(setting, budget, self._networks[key])
+
+    def measure_reestimated(self, network: Network) -> None:
+        """On all test images."""
+        if network.reestimated.images < len(self.test):
+            network.reestimated = _measure(network.adapted, self.test)
+
+    def measure_raw(self, network: Network) -> None:
+        """On all test images."""
+        if network.raw.images < len(self.test):
+            network.raw = _measure(network.pruned, self.test)
+
+    def finetune(self, network: Network) -> None:
+        """Trains for one epoch from the re-estimated network on: the same images in the same order for all."""
+        if network.finetuned is None:
+            module = copy.deepcopy(network.adapted).to(memory_format=torch.channels_last)
+            train(module, self.training, epochs=1, rate=RATE)
+            network.finetuned = _measure(module, self.test)
+
+    def _reestimated(self, module: nn.Module) -> nn.Module:
+        passes = ["reestimate_batch_norm"]
+        program = fxopt.optimize(module, self.example, passes, calibration=self.batches, on_no_match="ignore")
+        return program.module.eval()
+
+
+def _measure(module: nn.Module, test: Images) -> Accuracy:
+    return Accuracy(accuracy(module, test, batch=_BATCH), len(test))
+
+
+def macs(module: nn.Module, example: Tensor) -> int:
+    """MACs for the example by torch's flop counter."""
+    # with gradients: the counter hooks on to them, and fails where a layer reads a parameter and there are none
+    with FlopCounterMode(display=False) as counter:
+        module(example)
+    return int(counter.get_total_flops()) // 2
+
+
+def _fingerprint(module: nn.Module) -> str:
+    """The same for modules with the same tensors in the same order."""
+    digest = hashlib.sha256()
+    for tensor in module.state_dict().values():
+        digest.update(repr(tuple(tensor.shape)).encode())
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
