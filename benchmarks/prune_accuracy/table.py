@@ -113,8 +113,7 @@ def _notes(rows: Sequence[Row], study: Study) -> list[str]:
         "best is best-of on both sides, picked by the accuracy on the test images that is reported: it flatters both. "
         f"fxopt has {_count(rows, FXOPT)} settings in this table, Torch-Pruning {_count(rows, PEER)}",
         f"test images (standard error of an accuracy): {whole}; with ~ the first {race}, a race of all settings "
-        "that the best of each side and the defaults went on from; moved by what the unpruned network's accuracy is off "
-        "there",
+        "that the best of each side and the defaults went on from; moved by what the unpruned network's is off there",
         "MACs: over the unpruned network's, counted by torch's flop counter; Torch-Pruning's ratio is bisected until "
         f"they are the budget's; (!): no closer than {peer.TOLERANCE:.0%} can be had, and more MACs are left",
         f"re-estimated: fxopt's reestimate_batch_norm for both sides, on {len(study.calibration)} training images. "
