@@ -96,6 +96,6 @@ def _through(program: Program, node: fx.Node, before: _Moments) -> _Moments | No
         after = getattr(args[0], node.target)(*args[1:], **kwargs)
     else:
         after = node.target(*args, **kwargs)
-    if not isinstance(after, Tensor) or after.shape != samples.shape:
+    if not isinstance(after, Tensor) or after.shape != samples.shape or not after.is_floating_point():
         return None
     return _Moments(after.mean(0), after.var(0, unbiased=False))
