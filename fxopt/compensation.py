@@ -62,17 +62,17 @@ def _make_up(
     layer = cast("Any", program.module_of(node))
     removed = removed.to(mean.device)
     lost, kept = removed.nonzero().reshape(-1), (~removed).nonzero().reshape(-1)
-    estimate = mean.new_zeros(len(lost), len(kept))
+    weight = layer.weight.detach().movedim(axis, -1)
+    brought, offset = weight[..., lost].double(), mean[lost]
     if covariance is not None:
-        estimate = torch.linalg.solve(ridge(covariance[kept][:, kept]), covariance[kept][:, lost]).T
-    weight = layer.weight.detach().double().movedim(axis, -1)
-    brought = weight[..., lost]
-    changed = torch.zeros_like(weight)
-    changed[..., kept] = weight[..., kept] + brought @ estimate
-    shift = brought @ (mean[lost] - estimate @ mean[kept])  # [outputs, places of the kernel]
+        estimate = torch.linalg.solve(ridge(covariance[kept][:, kept]), covariance[kept][:, lost]).T  # [R, K]
+        offset = offset - estimate @ mean[kept]
+        changed = torch.zeros_like(weight)
+        changed[..., kept] = (weight[..., kept].double() + brought @ estimate).to(weight.dtype)
+        edit.set_tensor(program, node, "weight", changed.movedim(-1, axis).contiguous())
+    shift = brought @ offset  # [outputs, places of the kernel]
     shift = shift.flatten(1).sum(1) if shift.ndim > 1 else shift
     bias = shift if layer.bias is None else layer.bias.detach().double() + shift
-    edit.set_tensor(program, node, "weight", changed.movedim(-1, axis).to(layer.weight.dtype).contiguous())
     edit.set_tensor(program, node, "bias", bias.to(layer.weight.dtype))
 
 

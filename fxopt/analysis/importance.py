@@ -46,8 +46,11 @@ def importance(
     return CRITERIA[criterion](program, channels, groups)
 
 
+_CHUNK = 2**20  # numbers that are converted to float64 at a time
+
+
 class _Weight(NamedTuple):
-    """A tensor of a group's members, float64, with the operator that uses it."""
+    """A tensor of a group's members, with the operator that uses it."""
 
     op: str
     member: Member
@@ -66,9 +69,16 @@ def _group_norm(program: Program, channels: Channels, group: ChannelGroup, power
         return "no weights to rank by"
     total = torch.zeros(len(group), dtype=torch.float64)
     for _, member, tensor in matrices:
-        others = [axis for axis in range(tensor.ndim) if axis != member.axis]
-        total += _by_unit(member.labels, group, tensor.abs().pow(power).sum(others))
+        total += _by_unit(member.labels, group, _power_sums(tensor, cast("int", member.axis), power))
     return total.pow(1 / power)
+
+
+def _power_sums(tensor: Tensor, axis: int, power: int) -> Tensor:
+    """Sums of |w|^power in float64 for each index of an axis, a part of the tensor at a time."""
+    matrix = tensor.movedim(axis, 0)
+    rows = max(1, _CHUNK * len(matrix) // max(tensor.numel(), 1))
+    parts = [part.reshape(len(part), -1).double().abs_().pow_(power).sum(1) for part in torch.split(matrix, rows)]
+    return torch.cat(parts).cpu()
 
 
 def _bn_scale(program: Program, channels: Channels, groups: Sequence[ChannelGroup]) -> list[Tensor | str]:
@@ -80,7 +90,7 @@ def _group_scale(program: Program, channels: Channels, group: ChannelGroup) -> T
     for op, member, tensor in _weights(program, channels, group):
         if op == "batch_norm" and member.name == "weight":
             count = _by_unit(member.labels, group, torch.ones(len(tensor)))
-            found.append(_by_unit(member.labels, group, tensor.abs()) / count.clamp(min=1))
+            found.append(_by_unit(member.labels, group, tensor.abs().cpu()) / count.clamp(min=1))
     return torch.stack(found).mean(0) if found else "no batch norm to rank by"
 
 
@@ -127,7 +137,7 @@ def _weights(program: Program, channels: Channels, group: ChannelGroup) -> Itera
         member = channels.members[index]
         tensor = member_tensor(program, member)
         if tensor is not None:
-            yield _Weight(program.op(program.node(member.node)), member, tensor.detach().cpu().double())
+            yield _Weight(program.op(program.node(member.node)), member, tensor.detach())
 
 
 def _by_unit(labels: Tensor, group: ChannelGroup, values: Tensor) -> Tensor:
