@@ -114,7 +114,8 @@ class _Numbers:
     def _compute(self, node: fx.Node) -> Any:
         call = self._program.call(node)
         source = call.arguments.get("input")
-        value = self._new.values[source.name] if isinstance(source, fx.Node) else None
+        # what an earlier rewrite added has no labels: it computes numbers
+        value = self._new.values.get(source.name) if isinstance(source, fx.Node) else None
         if isinstance(value, Labels) and call.op == "size":
             dim = call.arguments.get("dim")
             return value.shape if dim is None else value.shape[self.of(dim)]

@@ -284,6 +284,21 @@ def test_layouts(name: str) -> None:
     assert_all_removals_exact(program, channels)
 
 
+@pytest.mark.parametrize("name", ["folded beside an open size", "folded and expanded", "batch and channels folded"])
+def test_computed_sizes_follow_one_removal_after_another(name: str) -> None:
+    model = Model(lambda m, x: m.mix(LAYOUTS[name](m, m.conv(x))), conv=nn.Conv2d(3, 8, 1), mix=nn.Conv2d(8, 2, 1))
+    program = captured(model, 2, 3, 4, 4)
+    channels = find_channels(program)
+    units = channels.groups[0].units
+    pruned, left = program.copy(), channels
+    for gone in (units[:2], units[3:4], units[5:7]):
+        left = remove_channels(pruned, left, gone)
+    for size in (None, 3):
+        inputs = program.inputs_with_batch(size, seed=1)
+        expected = run_silenced(program, channels, [*units[:2], *units[3:4], *units[5:7]], inputs)
+        assert compare(expected, pruned.run(*inputs)).within(TOLERANCE)
+
+
 REFUSED: dict[str, tuple[Callable[[Any, torch.Tensor], torch.Tensor], str]] = {
     "softmax": (lambda m, x: x.softmax(1), "softmax over channels at softmax"),
     "no rule": (lambda m, x: x.sort(1)[0], "sort at sort has no rule"),

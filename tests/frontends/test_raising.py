@@ -49,6 +49,9 @@ ATTRIBUTES = (
     "training",
 )
 
+# torch says so once per process, in whichever test comes first
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+
 IMAGE = (6, 8, 8)
 
 
