@@ -258,7 +258,7 @@ _OPERATORS: tuple[Operator, ...] = (
     _op("t", "input", functions=(torch.t,), methods="t", aten="t"),
     _op("squeeze", "input dim", functions=(torch.squeeze,), methods="squeeze squeeze_", aten="squeeze squeeze_"),
     _op("unsqueeze", "input dim", functions=(torch.unsqueeze,), methods="unsqueeze unsqueeze_", aten="unsqueeze unsqueeze_"),
-    _op("expand", "input sizes", methods="expand", aten="expand", variadic=True),
+    _op("expand", "input sizes", functions=(torch.Tensor.expand,), methods="expand", aten="expand", variadic=True),
     _op("expand_as", "input other", methods="expand_as", aten="expand_as", elementwise=True),
     _op("repeat_interleave", "input repeats dim", functions=(torch.repeat_interleave,), methods="repeat_interleave", aten="repeat_interleave"),
     _op("movedim", "input source destination", functions=(torch.movedim, torch.moveaxis), methods="movedim moveaxis", aten="movedim moveaxis"),
