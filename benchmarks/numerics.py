@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 
 class OutputMismatchError(Exception):
@@ -93,6 +94,14 @@ def relative_error(actual: Any, expected: Any) -> float:
             difference = (a.detach().double() - b.detach().double()).abs().max().item()
             worst = max(worst, difference / scale if scale else float("inf") if difference else 0.0)
     return worst
+
+
+def count_macs(model: nn.Module, inputs: Sequence[Tensor]) -> int:
+    """Multiply-accumulates of one forward, by torch's flop counter."""
+    # with gradients: the counter hooks on to them, and fails where a layer reads a parameter and there are none
+    with FlopCounterMode(display=False) as counter:
+        model(*inputs)
+    return int(counter.get_total_flops()) // 2
 
 
 def double(module: nn.Module) -> nn.Module:

@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-__all__ = ["Watch", "run_graph"]
+__all__ = ["Watch", "call_node", "run_graph"]
 
 Watch = Callable[[fx.Node, Any], None]
+
+
+def call_node(node: fx.Node, module: nn.Module | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What a node's module, method or function gives for other arguments than the node's own."""
+    target: Any = node.target
+    if module is not None:
+        return module(*args, **kwargs)
+    return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
 
 
 def run_graph(

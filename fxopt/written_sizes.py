@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxopt import edit
 from fxopt.analysis.channels import Channels
-from fxopt.analysis.labels import Labels
+from fxopt.analysis.labels import Labels, labels_in
 from fxopt.ops import Call, operators
 from fxopt.program import Program
 
@@ -32,25 +32,20 @@ def rewrite_sizes(program: Program, old: Channels, new: Channels) -> None:
         old: its channels.
         new: the channels that will be left; the tensors of the program may still hold all.
     """
-    numbers = _Numbers(program, new)
+    old_numbers, numbers = _Numbers(program, old), _Numbers(program, new)
     for node in program.nodes:
         call = program.call(node)
         rewrite = _REWRITES.get(call.op)
         if rewrite is not None and _is_touched(node, old, new):
-            rewrite(_Site(program, node, call, old, new, numbers))
+            rewrite(_Site(program, node, call, old, new, old_numbers, numbers))
 
 
 def _is_touched(node: fx.Node, old: Channels, new: Channels) -> bool:
     """Whether sizes change at a node, or may as they are computed; nodes that were added since compute numbers."""
     touched = [item.name for item in (node, *node.all_input_nodes)]
     return any(
-        not _is_labelled(old.values.get(name)) or _shape(old.values[name]) != _shape(new.values[name])
-        for name in touched
+        not labels_in(old.values.get(name)) or _shape(old.values[name]) != _shape(new.values[name]) for name in touched
     )
-
-
-def _is_labelled(value: Any) -> bool:
-    return isinstance(value, Labels) or (isinstance(value, tuple | list) and any(map(_is_labelled, value)))
 
 
 @dataclass(frozen=True)
@@ -62,6 +57,7 @@ class _Site:
     call: Call
     old: Channels
     new: Channels
+    old_numbers: _Numbers
     numbers: _Numbers
 
     @property
@@ -88,7 +84,7 @@ class _Site:
 
     def was(self, argument: Any) -> Any:
         """What an argument came to before."""
-        return _Numbers(self.program, self.old).of(argument)
+        return self.old_numbers.of(argument)
 
     def set(self, target: Callable[..., Any], *args: Any) -> None:
         edit.set_call(self.program, self.node, target, (self.source, *args))

@@ -19,12 +19,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 
-from fxopt.analysis.allotment import Allotment, Candidate, Measure, Scope
-from fxopt.analysis.channel_costs import ChannelCosts
+from fxopt.analysis.allotment import Allotment, Candidate, Scope
+from fxopt.analysis.channel_costs import ChannelCosts, Measure
 from fxopt.analysis.channel_scope import Attention
 from fxopt.analysis.channels import BY_ATTENTION, ChannelGroup, Channels, member_tensor
 from fxopt.analysis.importance import COMPARABLE, CRITERIA, importance
@@ -89,7 +89,7 @@ class PruneChannels(Pass):
             if not isinstance(share, int | float) or not 0 < share < 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, not {share!r}")
         _choice("criterion", self.criterion, (None, *CRITERIA))
-        _choice("scope", self.scope, (None, "layer", "isomorphic", "global"))
+        _choice("scope", self.scope, (None, *get_args(Scope)))
         _choice("attention", self.attention, tuple(BY_ATTENTION))
         for name in ("round_to", "min_channels"):
             if type(getattr(self, name)) is not int or getattr(self, name) < 1:
@@ -103,13 +103,14 @@ class PruneChannels(Pass):
         channels = program.analysis(BY_ATTENTION[self.attention])
         # here, so that all rewrites share one run over the data
         collect(program, self._layers_to_measure(program, channels))
+        costs = ChannelCosts(program, channels)
         candidates: list[Candidate] = []
-        for group, candidate in self._candidates(program, channels):
+        for group, candidate in self._candidates(program, channels, costs):
             if isinstance(candidate, str):
                 yield Skip(group.node, f"{group.name}: {candidate}")
             else:
                 candidates.append(candidate)
-        for candidate, removed in zip(candidates, self._counts(program, channels, candidates), strict=True):
+        for candidate, removed in zip(candidates, self._counts(program, channels, costs, candidates), strict=True):
             group = candidate.group
             if not removed:
                 yield Skip(group.node, f"{group.name}: all {len(group)} channels are needed")
@@ -142,14 +143,15 @@ class PruneChannels(Pass):
         program.remember(analysis, left)
         carry(program, kept_statistics(program, channels, gone, statistics))
 
-    def _candidates(self, program: Program, channels: Channels) -> Iterator[tuple[ChannelGroup, Candidate | str]]:
+    def _candidates(
+        self, program: Program, channels: Channels, costs: ChannelCosts
+    ) -> Iterator[tuple[ChannelGroup, Candidate | str]]:
         """Every group with its ranking, or why it is left alone."""
         reasons = {group.name: self._reason_to_keep(program, channels, group) for group in channels.groups}
         free = [group for group in channels.groups if reasons[group.name] is None]
         criterion = self._criterion(program)
         found = importance(program, channels, free, criterion) if free else []
         scores = dict(zip((group.name for group in free), found, strict=True))
-        costs = ChannelCosts(program, channels)
         for group in channels.groups:
             ranked = reasons[group.name] or scores[group.name]
             if isinstance(ranked, str):
@@ -157,7 +159,7 @@ class PruneChannels(Pass):
                 continue
             unit = self._saving(costs, group) if criterion in COMPARABLE else float(ranked.mean())
             order = torch.argsort(ranked, stable=True)
-            share = self._share(program, channels, group)
+            share = self._share(_layers(program, channels, group))
             yield group, Candidate(group, order.numpy(), (ranked[order] / (unit or 1.0)).numpy(), share)
 
     def _criterion(self, program: Program) -> str:
@@ -165,10 +167,8 @@ class PruneChannels(Pass):
 
     def _saving(self, costs: ChannelCosts, group: ChannelGroup) -> float:
         """What one channel of a group frees of the budget: scores over it are worth the same at one threshold."""
-        whole, less = costs.mask(()), costs.mask(group.units[:1])
-        if self._budget == "macs":
-            return costs.macs(whole) - costs.macs(less)
-        return costs.params(whole) - costs.params(less) if self._budget == "params" else 1.0
+        measure = self._budget or "ratio"
+        return costs.left(measure, costs.mask(())) - costs.left(measure, costs.mask(group.units[:1]))
 
     def _reason_to_keep(self, program: Program, channels: Channels, group: ChannelGroup) -> str | None:
         """Why a group is left alone, whatever its scores; None if it is not."""
@@ -179,13 +179,12 @@ class PruneChannels(Pass):
             return "ignored"
         if len(group) <= self.min_channels:
             return f"has {len(group)} channels, of which {self.min_channels} are left at least"
-        if self._budget is None and self._share(program, channels, group) is None:
+        if self._budget is None and self._share(paths) is None:
             return "no pattern of layers names it"
         return None
 
-    def _share(self, program: Program, channels: Channels, group: ChannelGroup) -> float | None:
-        """The share to remove that `layers` gives a group, if it names it."""
-        paths = _layers(program, channels, group)
+    def _share(self, paths: Sequence[str]) -> float | None:
+        """The share to remove that `layers` gives a group of these layers, if it names one."""
         named = (share for pattern, share in self.layers.items() if any(fnmatch(path, pattern) for path in paths))
         return next(named, None)
 
@@ -201,11 +200,13 @@ class PruneChannels(Pass):
         measures: tuple[Measure, ...] = ("ratio", "macs", "params")
         return next((name for name in measures if getattr(self, name) is not None), None)
 
-    def _counts(self, program: Program, channels: Channels, candidates: Sequence[Candidate]) -> list[int]:
+    def _counts(
+        self, program: Program, channels: Channels, costs: ChannelCosts, candidates: Sequence[Candidate]
+    ) -> list[int]:
         """How many channels each group loses."""
         scope = self.scope or ("layer" if self._budget == "ratio" else "global")
         allotment = Allotment(
-            program, channels, candidates, scope=scope, round_to=self.round_to, min_channels=self.min_channels
+            program, channels, costs, candidates, scope=scope, round_to=self.round_to, min_channels=self.min_channels
         )
         if self._budget is None or (self.ratio is not None and scope == "layer"):
             return allotment.at_level(self.ratio or 0.0)
@@ -231,12 +232,11 @@ def _listed(names: Sequence[str]) -> str:
 
 def _layers(program: Program, channels: Channels, group: ChannelGroup) -> list[str]:
     """Paths of the layers that produce the channels of a group."""
-    nodes = {node.name: node for node in program.graph.nodes}
     found = []
     for index in group.members:
         item = channels.members[index]
         if item.name == "weight" and channels.produces(program, item):
-            found.append(str(nodes[item.node].target))
+            found.append(str(program.node(item.node).target))
     return found or [group.name]
 
 

@@ -12,9 +12,10 @@ import torch
 from torch import nn
 
 from benchmarks.networks import Network
+from benchmarks.prune_channels.peer import classifiers
 from benchmarks.prune_speed import add_arguments, analysis, budget, memory, run, speed
 from benchmarks.prune_speed.child import in_child
-from benchmarks.prune_speed.part import Size, classifiers
+from benchmarks.prune_speed.part import Size
 from benchmarks.timing import Spread
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads /proc")
@@ -40,7 +41,7 @@ def test_torch_counts_what_a_model_costs() -> None:
     macs = 64 * 3 * 9 * 36 + 64 * 64 * 9 * 16 + 64 * 16 * 10
     assert Size.of(network.model, network) == (macs, 64 * 3 * 9 + 64 + 64 * 64 * 9 + 64 + 64 * 16 * 10 + 10)
     assert Size(1, 3).over(Size(2, 4)) == (0.5, 0.75)
-    assert classifiers(network) == [network.model[5]]
+    assert classifiers(network.model, network.model(*network.inputs)) == [network.model[5]]
 
 
 def test_every_budget_is_measured() -> None:

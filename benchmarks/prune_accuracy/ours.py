@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import typing
-from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -37,14 +36,14 @@ def fxopt_settings(study: Study) -> list[Setting]:
         *(
             Setting(FXOPT, f"{criterion}, {scope}{suffix}", partial(_pruned, program, criterion=criterion, scope=scope))
             for criterion in CRITERIA
-            for scope in _scopes()
+            for scope in SCOPES
             for suffix, program in programs.items()
             if suffix or not _takes_data(criterion, program)
         ),
     ]
 
 
-def _pruned(program: Program, budget: float, **options: typing.Any) -> nn.Module:
+def _pruned(program: Program, budget: float, **options: Any) -> nn.Module:
     return PassManager([PruneChannels(macs=budget, **options)]).run(program).module.eval()
 
 
@@ -55,11 +54,3 @@ def _takes_data(criterion: str, program: Program) -> bool:
     except InputError:
         return True
     return False
-
-
-def _scopes() -> Iterator[str]:
-    """Those of the scopes that the pass has."""
-    known: set[object] = set()
-    for choice in typing.get_args(typing.get_type_hints(PruneChannels)["scope"]):
-        known.update(typing.get_args(choice))
-    return (scope for scope in SCOPES if scope in known)

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxopt
 from benchmarks.fashion_mnist import Images, accuracy, train
+from benchmarks.numerics import count_macs
 
-__all__ = ["FXOPT", "PEER", "RATE", "Accuracy", "Network", "Row", "Setting", "Study", "macs"]
+__all__ = ["FXOPT", "PEER", "RATE", "Accuracy", "Network", "Row", "Setting", "Study"]
 
 FXOPT, PEER = "fxopt", "Torch-Pruning"
 RATE = 0.02
@@ -111,7 +111,7 @@ class Study:
         self.test = test
         self._race = test.first(race)
         self.accuracy, self.race_accuracy = (_measure(model, part).share for part in (test, self._race))
-        self._macs = macs(model, self.example)
+        self._macs = count_macs(model, (self.example,))
         self._networks: dict[str, Network] = {}
 
     @property
@@ -136,7 +136,7 @@ class Study:
 
     def share_of_macs(self, module: nn.Module) -> float:
         """Its MACs over those of the unpruned network."""
-        return macs(module, self.example) / self._macs
+        return count_macs(module, (self.example,)) / self._macs
 
     def race(self, setting: Setting, budget: float) -> Row:
         """Prunes, re-estimates, and measures both on the first test images."""
@@ -176,14 +176,6 @@ class Study:
 
 def _measure(module: nn.Module, test: Images) -> Accuracy:
     return Accuracy(accuracy(module, test, batch=_BATCH), len(test))
-
-
-def macs(module: nn.Module, example: Tensor) -> int:
-    """MACs for the example by torch's flop counter."""
-    # with gradients: the counter hooks on to them, and fails where a layer reads a parameter and there are none
-    with FlopCounterMode(display=False) as counter:
-        module(example)
-    return int(counter.get_total_flops()) // 2
 
 
 def _fingerprint(module: nn.Module) -> str:

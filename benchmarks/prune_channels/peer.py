@@ -9,10 +9,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import nn
 
-from benchmarks.numerics import leaves
+from benchmarks.numerics import count_macs, leaves
 from benchmarks.prune_channels.row import PEER, PEER_SECONDS, RATIO
 from benchmarks.subject import Subject
 from benchmarks.suites import Suite
@@ -31,7 +30,7 @@ def _prune(subject: Subject) -> Mapping[str, Any]:
     import torch_pruning as tp
 
     model, inputs = subject.model, subject.judge.inputs
-    before = _macs(model, inputs[1])
+    before = count_macs(model, inputs[1])
     start = time.perf_counter()
     with time_limit(PEER_SECONDS), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of parameters that it leaves alone, and its own deprecations
@@ -40,14 +39,14 @@ def _prune(subject: Subject) -> Mapping[str, Any]:
             inputs[1],
             importance=tp.importance.GroupMagnitudeImportance(),
             pruning_ratio=RATIO,
-            ignored_layers=_classifiers(subject),
+            ignored_layers=classifiers(model, subject.judge.references[1]),
         )
         pruner.step()
     seconds = time.perf_counter() - start
     return {
         "seconds": round(seconds, 2),
         "macs_before": before,
-        "macs": _macs(model, inputs[1]),
+        "macs": count_macs(model, inputs[1]),
         **subject.judge.measure(model),
     }
 
@@ -68,17 +67,8 @@ def time_limit(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def _classifiers(subject: Subject) -> list[nn.Module]:
-    """The layers as wide as the outputs."""
-    widths = {tensor.shape[1] for tensor in leaves(subject.judge.references[1]).values() if tensor.ndim > 1}
+def classifiers(model: nn.Module, outputs: Any) -> list[nn.Module]:
+    """The layers as wide as the outputs, which Torch-Pruning must be told to leave whole."""
+    widths = {tensor.shape[1] for tensor in leaves(outputs).values() if tensor.ndim > 1}
     layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [
-        module for module in subject.model.modules() if isinstance(module, layers) and module.weight.shape[0] in widths
-    ]
-
-
-def _macs(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    # with gradients: the counter hooks on to them, and fails where a layer reads a parameter and there are none
-    with FlopCounterMode(display=False) as counter:
-        model(*inputs)
-    return int(counter.get_total_flops()) // 2
+    return [module for module in model.modules() if isinstance(module, layers) and module.weight.shape[0] in widths]

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.networks import Network
+from benchmarks.numerics import count_macs
 from benchmarks.results import Table
 
 
@@ -54,26 +53,11 @@ class Size(NamedTuple):
     @classmethod
     def of(cls, model: nn.Module, network: Network) -> Size:
         """Counts a model that takes the network's inputs."""
-        # with gradients: the counter hooks on to them, and fails where a layer reads a parameter and there are none
-        with FlopCounterMode(display=False) as counter:
-            model(*network.inputs)
-        return cls(int(counter.get_total_flops()) // 2, sum(each.numel() for each in model.parameters()))
+        return cls(count_macs(model, network.inputs), sum(each.numel() for each in model.parameters()))
 
     def over(self, whole: Size) -> tuple[float, float]:
         """Shares of the MACs and of the parameters."""
         return self.macs / max(whole.macs, 1), self.params / max(whole.params, 1)
-
-
-def classifiers(network: Network) -> list[nn.Module]:
-    """The layers as wide as the output, which Torch-Pruning must be told to leave whole."""
-    with torch.no_grad():
-        output = network.model(*network.inputs)
-    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
-    return [
-        module
-        for module in network.model.modules()
-        if isinstance(module, layers) and module.weight.shape[0] == output.shape[1]
-    ]
 
 
 def met(value: bool) -> str:

@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from benchmarks.networks import Network, load_network
-from benchmarks.prune_speed.part import Found, Size, classifiers, found, met
+from benchmarks.prune_channels.peer import classifiers
+from benchmarks.prune_speed.part import Found, Size, found, met
 from benchmarks.timing import interleave
 
 NETWORKS = ("torchvision:resnet50", "torchvision:mobilenet_v2")
@@ -98,6 +100,8 @@ def prune_by_peer(network: Network) -> nn.Module:
     import torch_pruning as tp
 
     whole = Size.of(network.model, network)
+    with torch.no_grad():
+        outputs = network.model(*network.inputs)
 
     def prune(ratio: float) -> tuple[float, nn.Module]:
         own = network._replace(model=copy.deepcopy(network.model))
@@ -109,7 +113,7 @@ def prune_by_peer(network: Network) -> nn.Module:
             pruning_ratio=ratio,
             max_pruning_ratio=_MOST,
             round_to=ROUND_TO,
-            ignored_layers=classifiers(own),
+            ignored_layers=classifiers(own.model, outputs),
         )
         pruner.step()
         return Size.of(own.model, own).over(whole)[0], own.model

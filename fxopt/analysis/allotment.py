@@ -8,22 +8,21 @@ a group at least a tenth is left, so that no layer collapses.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
-from fxopt.analysis.channel_costs import ChannelCosts
+from fxopt.analysis.channel_costs import ChannelCosts, Measure
 from fxopt.analysis.channels import ChannelGroup, Channels
 from fxopt.errors import InputError
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["Allotment", "Candidate", "Measure", "Scope", "structure_of"]
+__all__ = ["Allotment", "Candidate", "Scope"]
 
 Scope = Literal["layer", "isomorphic", "global"]
-Measure = Literal["ratio", "macs", "params"]
 
 _LEAST_SHARE = 0.1
 _BISECTIONS = 40
@@ -51,6 +50,7 @@ class Allotment:
     Args:
         program: the program.
         channels: its channels.
+        costs: of these.
         candidates: the groups that may lose some.
         scope: how they are pooled.
         round_to: what is left of a group is a multiple of this.
@@ -61,14 +61,14 @@ class Allotment:
         self,
         program: Program,
         channels: Channels,
+        costs: ChannelCosts,
         candidates: Sequence[Candidate],
         *,
         scope: Scope,
         round_to: int,
         min_channels: int,
     ) -> None:
-        self._costs = ChannelCosts(program, channels)
-        self._whole = program.cost()
+        self._costs = costs
         self._candidates = candidates
         self._round_to = round_to
         self._min_channels = min_channels
@@ -91,7 +91,12 @@ class Allotment:
         Raises:
             InputError: if more than that is left when every group has lost all it can.
         """
-        left = self._left(measure)
+
+        def left(counts: Sequence[int]) -> float:
+            pairs = zip(self._candidates, counts, strict=True)
+            gone = (item.group.units[place] for item, count in pairs for place in item.order[:count])
+            return self._costs.left(measure, self._costs.mask(gone))
+
         low, high = 0.0, 1.0
         least = left(self.at_level(high))
         if least > target:
@@ -109,20 +114,6 @@ class Allotment:
                 steps.append([*steps[-1][:index], count, *steps[-1][index + 1 :]])
         return min(steps, key=lambda counts: abs(left(counts) - target))
 
-    def _left(self, measure: Measure) -> Callable[[Sequence[int]], float]:
-        measures: dict[Measure, Callable[[np.ndarray], float]] = {
-            "macs": lambda kept: self._costs.macs(kept) / max(self._whole.macs, 1),
-            "params": lambda kept: self._costs.params(kept) / max(self._whole.params, 1),
-            "ratio": lambda kept: float(kept.mean()),
-        }
-
-        def left(counts: Sequence[int]) -> float:
-            pairs = zip(self._candidates, counts, strict=True)
-            gone = (item.group.units[place] for item, count in pairs for place in item.order[:count])
-            return measures[measure](self._costs.mask(gone))
-
-        return left
-
     def _rounded(self, candidate: Candidate, wanted: int) -> int:
         count = len(candidate.group)
         least = max(self._min_channels, math.ceil(count * _LEAST_SHARE))
@@ -132,7 +123,7 @@ class Allotment:
         return max(count - kept, 0)
 
 
-def structure_of(program: Program, channels: Channels, group: ChannelGroup) -> Hashable:
+def _structure_of(program: Program, channels: Channels, group: ChannelGroup) -> Hashable:
     """What groups of one structure have in common: the operators and tensors that hold their channels."""
     members = (channels.members[index] for index in group.members)
     return tuple(sorted((program.op(program.node(item.node)), item.name, item.axis or 0) for item in members))
@@ -141,7 +132,7 @@ def structure_of(program: Program, channels: Channels, group: ChannelGroup) -> H
 def _pool(program: Program, channels: Channels, scope: Scope, place: int, candidate: Candidate) -> Hashable:
     if candidate.share is not None or scope == "layer":
         return place
-    return structure_of(program, channels, candidate.group) if scope == "isomorphic" else None
+    return _structure_of(program, channels, candidate.group) if scope == "isomorphic" else None
 
 
 class _Pool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -16,7 +16,10 @@ from fxopt.analysis.labels import FIXED, Labels
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["ChannelCosts"]
+__all__ = ["ChannelCosts", "Measure"]
+
+Measure = Literal["ratio", "macs", "params"]
+"""What a share is of: channels, multiply-accumulates or parameters."""
 
 
 class _Term(NamedTuple):
@@ -38,6 +41,7 @@ class ChannelCosts:
         self.units = np.array(sorted(free), dtype=np.int64)
         self._macs = list(_macs(program, channels))
         self._params = list(_params(program, channels))
+        self._whole = program.cost()
 
     def mask(self, removed: Iterable[int]) -> np.ndarray:
         """bool[units]: True for what is kept."""
@@ -50,6 +54,12 @@ class ChannelCosts:
     def params(self, kept: np.ndarray) -> float:
         """Number of parameters."""
         return self._total(self._params, kept)
+
+    def left(self, measure: Measure, kept: np.ndarray) -> float:
+        """The share that is left of the whole program's MACs or parameters, or ("ratio") of the units."""
+        if measure == "macs":
+            return self.macs(kept) / max(self._whole.macs, 1)
+        return self.params(kept) / max(self._whole.params, 1) if measure == "params" else float(kept.mean())
 
     def _total(self, terms: list[_Term], kept: np.ndarray) -> float:
         lookup = np.concatenate([[1.0], kept.astype(np.float64)])

@@ -17,6 +17,7 @@ from torch import fx
 from fxopt.analysis import channel_layers
 from fxopt.analysis.channel_scope import Scope
 from fxopt.analysis.labels import Labels
+from fxopt.interpret import call_node
 from fxopt.ops import Call, operators
 
 __all__ = ["Rule", "builtin_rules"]
@@ -95,13 +96,7 @@ def _repeat_interleave(scope: Scope, node: fx.Node) -> Any:
 
 def _run(scope: Scope, node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """The operator itself, on labels."""
-    module = scope.call(node).module
-    if module is not None:
-        found = module(*args, **kwargs)
-    elif isinstance(node.target, str):
-        found = getattr(args[0], node.target)(*args[1:], **kwargs)
-    else:
-        found = cast("Any", node.target)(*args, **kwargs)
+    found = call_node(node, scope.call(node).module, args, kwargs)
     return tuple(map(Labels.of, found)) if isinstance(found, tuple | list) else Labels.of(found)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from fxopt.analysis.constants import constants, evaluate
-from fxopt.analysis.labels import FIXED, Labels, LabelSpace
+from fxopt.analysis.labels import FIXED, Labels, LabelSpace, labels_in
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.ops import Call
 
@@ -82,7 +82,7 @@ class Scope:
 
     def operands(self, node: fx.Node) -> list[Labels]:
         """The labels of all tensors among a node's arguments."""
-        return [item for source in node.all_input_nodes for item in _labels_in(self.values[source.name])]
+        return [item for source in node.all_input_nodes for item in labels_in(self.values[source.name])]
 
     def labelled(self, node: fx.Node, first: Labels | None = None) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The node's arguments, with labels (of full shape) for tensors that carry some and values for constants.
@@ -252,12 +252,6 @@ class Scope:
         if isinstance(value, Labels):
             return value.full()
         return type(value)(map(self._full, value)) if isinstance(value, tuple | list) else value
-
-
-def _labels_in(value: Any) -> list[Labels]:
-    if isinstance(value, Labels):
-        return [value]
-    return [item for part in value for item in _labels_in(part)] if isinstance(value, tuple | list) else []
 
 
 def _fixed(spec: Any) -> Any:

@@ -22,7 +22,7 @@ from torch import fx
 
 from fxopt.analysis.channel_rules import Rule, builtin_rules
 from fxopt.analysis.channel_scope import Attention, Member, Scope
-from fxopt.analysis.labels import FIXED, Labels, LabelSpace
+from fxopt.analysis.labels import FIXED, Labels, LabelSpace, labels_in
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.errors import first_line
 
@@ -163,7 +163,7 @@ def _computed(scope: Scope, node: fx.Node, rules: Mapping[str, Rule]) -> Any:
         found = rules[call.op](scope, node)
     except Exception as error:  # noqa: BLE001 (operators refuse labels in ways of their own; what is not followed is locked)
         return scope.barrier(node, f"the rule of {name} failed at {node.name}: {first_line(error)}")
-    if node.op != "output" and [item.shape for item in _labels_in(found)] != [
+    if node.op != "output" and [item.shape for item in labels_in(found)] != [
         spec.shape for spec in _specs(scope.program.analysis(shapes)[node.name])
     ]:
         return scope.barrier(node, f"the rule of {name} does not fit what it gives at {node.name}")
@@ -209,7 +209,7 @@ def _tie_members(scope: Scope) -> None:
 def _tie_grids(scope: Scope) -> None:
     """Makes what is removed of any value slices along one axis: of a grid, along its longest axis."""
     for name, value in scope.values.items():
-        for item in _labels_in(value):
+        for item in labels_in(value):
             reduced = scope.space.reduced(item)
             axes = reduced.axes
             if len(axes) > 1:
@@ -318,12 +318,6 @@ def _map_labels(value: Any, function: Any) -> Any:
     if isinstance(value, Labels):
         return function(value)
     return tuple(_map_labels(item, function) for item in value) if isinstance(value, tuple | list) else value
-
-
-def _labels_in(value: Any) -> list[Labels]:
-    if isinstance(value, Labels):
-        return [value]
-    return [item for part in value for item in _labels_in(part)] if isinstance(value, tuple | list) else []
 
 
 def _specs(spec: Any) -> list[TensorSpec]:

@@ -10,6 +10,7 @@ from torch import fx, nn
 
 from fxopt.analysis.effects import is_pure
 from fxopt.analysis.shapes import TensorSpec, shapes
+from fxopt.interpret import call_node
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -88,11 +89,7 @@ def _call(program: Program, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
     if node.op == "get_attr":
         return program.tensor_of(node)
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    module = program.module_of(node)
-    if module is not None:
-        return module(*args, **kwargs)
-    target: Any = node.target
-    return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+    return call_node(node, program.module_of(node), args, kwargs)
 
 
 def _ancestors(node: fx.Node, *, through: Any) -> set[fx.Node]:

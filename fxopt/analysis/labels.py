@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 
-__all__ = ["FIXED", "LabelSpace", "Labels"]
+__all__ = ["FIXED", "LabelSpace", "Labels", "labels_in"]
 
 FIXED = 0
 """The label of what is never removed."""
@@ -76,6 +77,13 @@ class Labels:
     def index(self, axis: int) -> int:
         """The axis as a number from 0."""
         return axis % len(self.shape)
+
+
+def labels_in(value: Any) -> list[Labels]:
+    """The labels of all tensors in a value: one, a nested sequence of some, or none."""
+    if isinstance(value, Labels):
+        return [value]
+    return [item for part in value for item in labels_in(part)] if isinstance(value, tuple | list) else []
 
 
 class LabelSpace:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, fx, nn
 
+from fxopt.interpret import call_node
 from fxopt.ops import operators
 
 if TYPE_CHECKING:
@@ -90,12 +91,7 @@ def _through(program: Program, node: fx.Node, before: _Moments) -> _Moments | No
     if module is not None and any(True for _ in module.parameters()):
         return None
     args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda _: samples.clone())
-    if module is not None:
-        after = module(*args, **kwargs)
-    elif isinstance(node.target, str):
-        after = getattr(args[0], node.target)(*args[1:], **kwargs)
-    else:
-        after = node.target(*args, **kwargs)
+    after = call_node(node, module, args, kwargs)
     if not isinstance(after, Tensor) or after.shape != samples.shape or not after.is_floating_point():
         return None
     return _Moments(after.mean(0), after.var(0, unbiased=False))

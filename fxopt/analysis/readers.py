@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,6 +38,7 @@ class Reader(NamedTuple):
 
 def readers(program: Program, channels: Channels) -> Iterator[Reader]:
     """The convolutions and linear layers that mix all their input channels, and are called at one place only."""
+    calls = Counter(id(program.module_of(node)) for node in program.graph.nodes if node.op == "call_module")
     for item in channels.members:
         if item.name != "weight" or item.axis is None:
             continue
@@ -44,5 +46,5 @@ def readers(program: Program, channels: Channels) -> Iterator[Reader]:
         call = program.call(node)
         layer: Any = call.module
         mixes = call.op == "linear" or (call.op.startswith("conv") and layer.groups == 1)
-        if mixes and not channels.produces(program, item) and len(program.callers(node)) == 1:
+        if mixes and not channels.produces(program, item) and calls[id(layer)] == 1:
             yield Reader(node, item.axis, item.labels)
