@@ -37,10 +37,10 @@ def remove_channels(program: Program, channels: Channels, units: Sequence[int]) 
     # before the tensors: what is written out is compared with the modules as they were
     rewrite_sizes(program, channels, left)
     holders: dict[int, list[Member]] = {}
-    for item in channels.members:
-        if bool(torch.isin(item.labels, gone).any()):
-            held = program.module_of(nodes[item.node]) or program.tensor_of(nodes[item.node])
-            holders.setdefault(id(held), []).append(item)
+    for index in sorted(channels.holding(units)):
+        item = channels.members[index]
+        held = program.module_of(nodes[item.node]) or program.tensor_of(nodes[item.node])
+        holders.setdefault(id(held), []).append(item)
     for members in holders.values():
         node = nodes[members[0].node]
         module, tensor = program.module_of(node), program.tensor_of(node)

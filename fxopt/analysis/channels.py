@@ -79,14 +79,26 @@ class Channels:
     def without(self, units: Sequence[int]) -> Channels:
         """The channels of the same program after these units were removed."""
         gone = torch.tensor(sorted(units))
-        left = set(units)
+        removed = frozenset(units)
+        holding = self.holding(units)
         return Channels(
             {name: _map_labels(value, lambda item: _kept(item, gone)) for name, value in self.values.items()},
-            tuple(item._replace(labels=item.labels[~torch.isin(item.labels, gone)]) for item in self.members),
             tuple(
-                replace(group, units=tuple(unit for unit in group.units if unit not in left)) for group in self.groups
+                item._replace(labels=item.labels[~torch.isin(item.labels, gone)]) if index in holding else item
+                for index, item in enumerate(self.members)
+            ),
+            tuple(
+                group
+                if removed.isdisjoint(group.units)
+                else replace(group, units=tuple(unit for unit in group.units if unit not in removed))
+                for group in self.groups
             ),
         )
+
+    def holding(self, units: Sequence[int]) -> set[int]:
+        """Indices of the members that hold any of these units, none of which is locked."""
+        wanted = frozenset(units)
+        return {index for group in self.groups if not wanted.isdisjoint(group.units) for index in group.members}
 
 
 def find_channels(

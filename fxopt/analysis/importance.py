@@ -46,7 +46,7 @@ def importance(
     return CRITERIA[criterion](program, channels, groups)
 
 
-_CHUNK = 2**20  # numbers that are converted to float64 at a time
+_CHUNK = 2**16  # numbers that are converted to float64 at a time
 
 
 class _Weight(NamedTuple):
@@ -77,8 +77,12 @@ def _power_sums(tensor: Tensor, axis: int, power: int) -> Tensor:
     """Sums of |w|^power in float64 for each index of an axis, a part of the tensor at a time."""
     matrix = tensor.movedim(axis, 0)
     rows = max(1, _CHUNK * len(matrix) // max(tensor.numel(), 1))
-    parts = [part.reshape(len(part), -1).double().abs_().pow_(power).sum(1) for part in torch.split(matrix, rows)]
-    return torch.cat(parts).cpu()
+    sums = torch.empty(len(matrix), dtype=torch.float64)
+    # into one tensor: small results kept between large temporaries would keep the allocator from reusing their place
+    for start in range(0, len(matrix), rows):
+        part = matrix[start : start + rows]
+        sums[start : start + rows] = part.reshape(len(part), -1).double().abs_().pow_(power).sum(1)
+    return sums
 
 
 def _bn_scale(program: Program, channels: Channels, groups: Sequence[ChannelGroup]) -> list[Tensor | str]:
