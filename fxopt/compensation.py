@@ -6,11 +6,13 @@ removed (R), the best linear estimate of the removed ones is x_R ~ m_R + A (x_K 
     A = S_RK (S_KK + l I)^-1,      W'_K = W_K + W_R A,      b' = b + W_R (m_R - A m_K)
 
 the ridge regression of what the removed channels brought into the layer's remaining weights, in closed form. l is a
-thousandth of the mean variance of the kept channels. For convolutions A is the same at every place of the kernel, and
-what they pad is not looked at. Without covariance, A = 0: the bias takes over the mean of the removed channels, from
-the calibration data or, without any, as the BatchNorm in front tells it (`fxopt/analysis/norm_outputs.py`).
+thousandth of the mean variance of the kept channels, or more where few samples were seen. For convolutions A is the
+same at every place of the kernel, and what they pad is not looked at. Without covariance, A = 0: the bias takes over
+the mean of the removed channels, from the calibration data or, without any, as the BatchNorm in front tells it
+(`fxopt/analysis/norm_outputs.py`).
 
-Layers that are called at several places, and grouped convolutions, are left as they are.
+Layers that are called at several places, and grouped convolutions, are left as they are. `fxopt/reconstruction.py` goes
+on from there, with all layers and what they read once everything is removed.
 
 References: ThiNet (arXiv:1707.06342); CORP (arXiv:2602.05243).
 """
@@ -26,9 +28,9 @@ from torch import Tensor, fx
 from fxopt import edit
 from fxopt.analysis.channels import Channels
 from fxopt.analysis.labels import Labels
-from fxopt.analysis.norm_outputs import expected_mean
+from fxopt.analysis.norm_outputs import expected
 from fxopt.analysis.readers import readers
-from fxopt.analysis.reconstruction import ridge
+from fxopt.analysis.removal_errors import ridge
 from fxopt.analysis.statistics import Statistics
 
 if TYPE_CHECKING:
@@ -51,13 +53,21 @@ def compensate(program: Program, channels: Channels, units: Sequence[int], stati
         removed = torch.isin(labels, gone)
         if removed.any() and not removed.all():
             moments = statistics.get(node.name)
-            mean = expected_mean(program, node, len(labels)) if moments is None else moments.mean
+            seen = moments or expected(program, node, len(labels))
+            mean = None if seen is None else seen.mean
             if mean is not None:
-                _make_up(program, node, axis, removed, mean, None if moments is None else moments.covariance)
+                covariance = None if moments is None else moments.covariance
+                _make_up(program, node, axis, removed, mean, covariance, 0.0 if moments is None else moments.noise)
 
 
 def _make_up(
-    program: Program, node: fx.Node, axis: int, removed: Tensor, mean: Tensor, covariance: Tensor | None
+    program: Program,
+    node: fx.Node,
+    axis: int,
+    removed: Tensor,
+    mean: Tensor,
+    covariance: Tensor | None,
+    noise: float,
 ) -> None:
     layer = cast("Any", program.module_of(node))
     removed = removed.to(mean.device)
@@ -65,7 +75,7 @@ def _make_up(
     weight = layer.weight.detach().movedim(axis, -1)
     brought, offset = weight[..., lost].double(), mean[lost]
     if covariance is not None:
-        estimate = torch.linalg.solve(ridge(covariance[kept][:, kept]), covariance[kept][:, lost]).T  # [R, K]
+        estimate = torch.linalg.solve(ridge(covariance[kept][:, kept], noise), covariance[kept][:, lost]).T  # [R, K]
         offset = offset - estimate @ mean[kept]
         changed = torch.zeros_like(weight)
         changed[..., kept] = (weight[..., kept].double() + brought @ estimate).to(weight.dtype)

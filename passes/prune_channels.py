@@ -3,8 +3,9 @@
 A *unit* is what can only be removed as a whole: a channel with everything that is added to, multiplied with or computed
 from it, in all layers. Units are scored by a criterion, the least important ones of each group are removed, and the
 model that is left has smaller layers. Nothing is trained: run `reestimate_batch_norm` afterwards, or fine-tune
-`program.module`. The layers that read the removed channels are rewritten to make up for them: as well as a linear
-estimate can with calibration data, by their mean without.
+`program.module`. The layers that read the removed channels are rewritten to make up for them, by their mean without
+calibration data. With data, those kept stand in for them, and a last rewrite fits all layers behind the first removed
+channel, one after the other, to what they gave before.
 
 How many: a share of every group (`ratio`), or as many as a budget of MACs or parameters asks for, by one threshold on
 the scores of all groups. For that the scores are divided by the mean of their group; those of the criterion "gram",
@@ -19,21 +20,25 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import ClassVar, get_args
+from typing import ClassVar, NamedTuple, cast, get_args
 
 import torch
+from torch import Tensor
 
 from fxopt.analysis.allotment import Allotment, Candidate, Scope
 from fxopt.analysis.channel_costs import ChannelCosts, Measure
 from fxopt.analysis.channel_scope import Attention
 from fxopt.analysis.channels import BY_ATTENTION, ChannelGroup, Channels, member_tensor
 from fxopt.analysis.importance import COMPARABLE, CRITERIA, importance
+from fxopt.analysis.labels import Labels, labels_in
+from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.readers import readers
 from fxopt.analysis.statistics import carry, collect
 from fxopt.compensation import compensate, kept_statistics
 from fxopt.errors import PassError
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
+from fxopt.reconstruction import Slicer, layers_behind, reconstruct
 from fxopt.removal import remove_channels
 
 __all__ = ["PruneChannels"]
@@ -50,8 +55,8 @@ class PruneChannels(Pass):
         macs: share of the MACs to keep.
         params: share of the parameters to keep.
         criterion: how channels are ranked: "l1", "l2", "bn_scale", "taylor" (takes calibration data with targets),
-            "gram" (takes calibration data) or "random"; None stands for "gram" with calibration data and "l2" without.
-            See `fxopt/analysis/importance.py`.
+            "gram" (takes calibration data, and such as show what the model will see) or "random". See
+            `fxopt/analysis/importance.py`.
         scope: "layer" removes the same share of every group, "isomorphic" of all groups of one structure together,
             "global" of all groups together; None stands for "layer" with `ratio` and "global" with a budget.
         round_to: what is left of a group is a multiple of this; 8 or 16 suits most kernels.
@@ -59,8 +64,10 @@ class PruneChannels(Pass):
         layers: share to remove by pattern of layer path, instead of what the scope says.
         attention: what to remove of a grid of heads and channels: whole "heads", the same channels of every head
             ("head_dim"), or "none".
-        compensate: rewrite what reads the removed channels: with calibration data those kept stand in for them,
-            without any their mean, as the BatchNorm in front tells it, goes into the bias. See `fxopt/compensation.py`.
+        compensate: rewrite what reads the removed channels: with calibration data those kept stand in for them
+            (`fxopt/compensation.py`), and all layers behind are fitted to what they gave before
+            (`fxopt/reconstruction.py`); without any the removed channels' mean, as the BatchNorm in front tells it,
+            goes into the bias.
         min_channels: how many are left of a group at least.
     """
 
@@ -69,7 +76,7 @@ class PruneChannels(Pass):
     ratio: float | None = None
     macs: float | None = None
     params: float | None = None
-    criterion: str | None = None
+    criterion: str = "l2"
     scope: Scope | None = None
     round_to: int = 1
     ignore: tuple[str, ...] = ()
@@ -88,7 +95,7 @@ class PruneChannels(Pass):
         for name, share in shares.items():
             if not isinstance(share, int | float) or not 0 < share < 1:
                 raise ValueError(f"{name} must be a share between 0 and 1, not {share!r}")
-        _choice("criterion", self.criterion, (None, *CRITERIA))
+        _choice("criterion", self.criterion, tuple(CRITERIA))
         _choice("scope", self.scope, (None, *get_args(Scope)))
         _choice("attention", self.attention, tuple(BY_ATTENTION))
         for name in ("round_to", "min_channels"):
@@ -110,23 +117,36 @@ class PruneChannels(Pass):
                 yield Skip(group.node, f"{group.name}: {candidate}")
             else:
                 candidates.append(candidate)
+        gone: list[int] = []
         for candidate, removed in zip(candidates, self._counts(program, channels, costs, candidates), strict=True):
             group = candidate.group
             if not removed:
                 yield Skip(group.node, f"{group.name}: all {len(group)} channels are needed")
                 continue
             kept = sorted(set(range(len(group))) - set(candidate.order[:removed].tolist()))
+            gone += (group.units[place] for place in candidate.order[:removed])
             members = _members(program, channels, group)
             yield Rewrite(
                 group.node,
                 f"keep {len(kept)} of {len(group)} channels of {group.name}, in {_listed(members[1:])}",
                 {"group": group.name, "size": len(group), "kept": kept, "members": members},
             )
+        if gone and self._fits(program):
+            yield from _plan_fit(program, channels, gone)
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
-        """Removes the channels of one group from all tensors that hold them."""
+        """Removes the channels of one group from all tensors that hold them; or fits layers, once all are removed."""
         analysis = BY_ATTENTION[self.attention]
         channels = program.analysis(analysis)
+        whole = measured(program, _whole)
+        if whole is None or whole.attention != self.attention:
+            whole = _Whole(program.copy(), channels, self.attention)
+        if "fit" in rewrite.params:
+            statistics = collect(program, self._layers_to_measure(program, channels))
+            reconstruct(program, whole.program, rewrite.params["fit"], whole.slicer(channels))
+            program.remember(analysis, channels)
+            carry(program, statistics)
+            return
         group = channels.group(rewrite.params["group"])
         if group is None or group.locked is not None or len(group) != rewrite.params["size"]:
             raise PassError(
@@ -142,6 +162,8 @@ class PruneChannels(Pass):
         left = remove_channels(program, channels, gone)
         program.remember(analysis, left)
         carry(program, kept_statistics(program, channels, gone, statistics))
+        if self._fits(program):
+            keep(program, _whole, cast("_Whole | None", whole))
 
     def _candidates(
         self, program: Program, channels: Channels, costs: ChannelCosts
@@ -149,21 +171,17 @@ class PruneChannels(Pass):
         """Every group with its ranking, or why it is left alone."""
         reasons = {group.name: self._reason_to_keep(program, channels, group) for group in channels.groups}
         free = [group for group in channels.groups if reasons[group.name] is None]
-        criterion = self._criterion(program)
-        found = importance(program, channels, free, criterion) if free else []
+        found = importance(program, channels, free, self.criterion) if free else []
         scores = dict(zip((group.name for group in free), found, strict=True))
         for group in channels.groups:
             ranked = reasons[group.name] or scores[group.name]
             if isinstance(ranked, str):
                 yield group, ranked
                 continue
-            unit = self._saving(costs, group) if criterion in COMPARABLE else float(ranked.mean())
+            unit = self._saving(costs, group) if self.criterion in COMPARABLE else float(ranked.mean())
             order = torch.argsort(ranked, stable=True)
             share = self._share(_layers(program, channels, group))
             yield group, Candidate(group, order.numpy(), (ranked[order] / (unit or 1.0)).numpy(), share)
-
-    def _criterion(self, program: Program) -> str:
-        return self.criterion or ("l2" if program.calibration is None else "gram")
 
     def _saving(self, costs: ChannelCosts, group: ChannelGroup) -> float:
         """What one channel of a group frees of the budget: scores over it are worth the same at one threshold."""
@@ -190,9 +208,13 @@ class PruneChannels(Pass):
 
     def _layers_to_measure(self, program: Program, channels: Channels) -> list[str]:
         """The layers whose inputs are looked at: none without calibration data."""
-        if not self.compensate or program.calibration is None:
+        if not self._fits(program):
             return []
         return [reader.node.name for reader in readers(program, channels)]
+
+    def _fits(self, program: Program) -> bool:
+        """Whether layers are fitted to data."""
+        return self.compensate and program.calibration is not None
 
     @property
     def _budget(self) -> Measure | None:
@@ -212,6 +234,54 @@ class PruneChannels(Pass):
             return allotment.at_level(self.ratio or 0.0)
         target = getattr(self, self._budget)
         return allotment.within(self._budget, 1 - target if self._budget == "ratio" else target)
+
+
+class _Whole(NamedTuple):
+    """A program before anything was removed, its channels, and how they were found."""
+
+    program: Program
+    channels: Channels
+    attention: Attention
+
+    def slicer(self, left: Channels) -> Slicer:
+        """Cuts what a node gives in this program to the channels that are left."""
+
+        def cut(name: str, value: Tensor) -> Tensor:
+            labels = self.channels.values[name]
+            if not isinstance(labels, Labels) or len(labels.axes) != 1:
+                return value
+            kept = torch.isin(labels.compact.reshape(-1), left.values[name].compact.reshape(-1))
+            if kept.all():
+                return value
+            return value.index_select(labels.axes[0], kept.nonzero().reshape(-1).to(value.device))
+
+        return cut
+
+
+def _whole(_: Program) -> _Whole | None:
+    """The program that channels were removed from: none, unless one is kept under this name."""
+    return None
+
+
+def _plan_fit(program: Program, channels: Channels, gone: Sequence[int]) -> Iterator[Rewrite | Skip]:
+    """Which layers are to be fitted once these units are gone: those that see other values than before."""
+    if program.training:
+        yield Skip(program.nodes[0].name, "no layer is fitted to the data, as values are random in training mode")
+        return
+    units = torch.tensor(sorted(gone))
+    cut = {
+        node
+        for node in program.nodes
+        if any(torch.isin(labels.compact, units).any() for labels in labels_in(channels.values[node.name]))
+    }
+    layers = []
+    for node, reason in layers_behind(program, cut):
+        if reason is None:
+            layers.append(node.name)
+        else:
+            yield Skip(node.name, f"is not fitted to the data: {reason}")
+    if layers:
+        yield Rewrite(layers[0], f"fit {len(layers)} layers to what they gave: {_listed(layers)}", {"fit": layers})
 
 
 def _members(program: Program, channels: Channels, group: ChannelGroup) -> list[str]:

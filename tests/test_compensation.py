@@ -45,11 +45,11 @@ def test_channels_that_follow_from_others_are_made_up_for(kind: str, bias: bool)
     second: nn.Module
     if kind == "linear":
         first, second = nn.Linear(4, 8), nn.Linear(8, 3, bias=bias)
-        data = [torch.randn(50, 7, 4, dtype=DOUBLE) for _ in range(3)]
+        data = [torch.randn(500, 7, 4, dtype=DOUBLE) for _ in range(8)]
     else:
         layer = nn.Conv2d if kind == "conv" else nn.ConvTranspose2d
         first, second = nn.Conv2d(4, 8, 1), layer(8, 3, 3, bias=bias)
-        data = [torch.randn(8, 4, 6, 6, dtype=DOUBLE) for _ in range(3)]
+        data = [torch.randn(100, 4, 6, 6, dtype=DOUBLE) for _ in range(8)]
     with torch.no_grad():
         # of the eight channels only five are independent
         first.weight[:3] = torch.einsum("rk,k...->r...", torch.randn(3, 5) * 0.3, first.weight[3:])

@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from fxopt.analysis.channels import ChannelGroup, Channels, Member, member_tensor
+from fxopt.analysis.norm_outputs import Expected, expected
 from fxopt.analysis.readers import readers
-from fxopt.analysis.reconstruction import Quadratic, removal_errors
+from fxopt.analysis.removal_errors import Quadratic, removal_errors
 from fxopt.analysis.sensitivity import loss_changes
 from fxopt.analysis.statistics import collect
 
@@ -128,12 +129,29 @@ def _gram(program: Program, channels: Channels, groups: Sequence[ChannelGroup]) 
             moments = statistics[reader.node.name]
             units = torch.tensor([place.get(unit, -1) for unit in reader.labels.tolist()])
             if bool((units >= 0).any()) and moments.gram is not None:
-                layers.append(Quadratic(cast("Tensor", moments.covariance), reader.columns(program), units))
+                covariance = _with_unseen(
+                    cast("Tensor", moments.covariance), expected(program, reader.node, len(units))
+                )
+                layers.append(Quadratic(covariance, moments.noise, reader.columns(program), units))
         norms = removal_errors(layers, len(group)) if layers else _group_norm(program, channels, group, 2)
         if not layers and isinstance(norms, Tensor):
             norms = norms.square() / norms.square().sum().clamp(min=torch.finfo(torch.float64).tiny)
         found.append(norms)
     return found
+
+
+def _with_unseen(covariance: Tensor, training: Expected | None) -> Tensor:
+    """A covariance with what the calibration data show less of than the training data did, as far as BatchNorm tells.
+
+    A few images leave most channels of the last layers at rest; that makes them no less needed. BatchNorm knows how
+    the variances of the channels compare; what a channel lacks in this comparison goes onto the diagonal, as nothing
+    tells what it goes along with.
+    """
+    if training is None:
+        return covariance
+    seen, known = covariance.diagonal(), training.variance.to(covariance)
+    share = seen.sum() / known.sum().clamp(min=torch.finfo(known.dtype).tiny)
+    return covariance + torch.diag((share * known - seen).clamp(min=0))
 
 
 def _weights(program: Program, channels: Channels, group: ChannelGroup) -> Iterator[_Weight]:

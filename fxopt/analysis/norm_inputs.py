@@ -21,7 +21,7 @@ import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxopt.analysis.affine import formula_of
-from fxopt.analysis.shapes import TensorSpec, shapes
+from fxopt.analysis.liveness import unused_after, windows
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored
@@ -95,27 +95,12 @@ def norm_inputs(program: Program) -> Mapping[str, Moments]:
     found: dict[str, Moments] = {}
     total = operator.length_hint(program.calibration, 0)
     with progress("statistics of BatchNorm", total) as advance, fixed_random_state(), torch.no_grad():
-        for window in _windows(program):
+        for window in windows(program, _MEMORY):
             with buffers_restored(program.module):
                 for name, moments in _run(program, window, norms):
                     found[name] = found[name].joined(moments) if name in found else moments
                     advance(len(window) / len(norms))
     return found
-
-
-def _windows(program: Program) -> Iterator[list[tuple[Tensor, ...]]]:
-    """The calibration batches, as many at a time as may be in memory at once."""
-    limit = _MEMORY / _peak_bytes(program)
-    window: list[tuple[Tensor, ...]] = []
-    size = 0.0
-    for inputs in program.calibration_inputs():
-        share = inputs[program.batch.inputs[0]].shape[0] / program.batch.size if program.batch is not None else 1.0
-        if window and size + share > limit:
-            yield window
-            window, size = [], 0.0
-        window.append(inputs)
-        size += share
-    yield window
 
 
 def _run(
@@ -125,7 +110,7 @@ def _run(
     interpreter = fx.Interpreter(program.module, graph=program.graph)
     placeholders = program.graph.find_nodes(op="placeholder")
     batches = [dict(zip(placeholders, (item.detach().clone() for item in inputs), strict=True)) for inputs in window]
-    unused_after = _unused_after(program)
+    unused = unused_after(program)
     waiting = len(norms)
     for node in program.nodes:
         if node in norms:
@@ -141,9 +126,9 @@ def _run(
             for values in batches:
                 interpreter.env = values
                 values[node] = interpreter.run_node(node)
-        for unused in unused_after[node]:
+        for over in unused[node]:
             for values in batches:
-                del values[unused]
+                del values[over]
 
 
 def _normalized(value: Tensor, norm: _BatchNorm, moments: Moments) -> Tensor:
@@ -151,29 +136,3 @@ def _normalized(value: Tensor, norm: _BatchNorm, moments: Moments) -> Tensor:
     mean = moments.mean.to(norm.get_buffer("running_mean"))
     variance = moments.variance.to(norm.get_buffer("running_var"))
     return F.batch_norm(value, mean, variance, norm.weight, norm.bias, training=False, eps=norm.eps)
-
-
-def _unused_after(program: Program) -> Mapping[fx.Node, list[fx.Node]]:
-    """By node: the nodes whose values nothing needs once it has run."""
-    last_user = {source: node for node in program.nodes for source in node.all_input_nodes}
-    found: dict[fx.Node, list[fx.Node]] = {node: [] for node in program.nodes}
-    for node in program.nodes:
-        found[last_user.get(node, node)].append(node)
-    return found
-
-
-def _peak_bytes(program: Program) -> int:
-    """The most bytes of values that are needed at the same time in a run on the example inputs."""
-    known = program.analysis(shapes)
-    live = peak = 0
-    for node, unused in _unused_after(program).items():
-        live += _bytes(known[node.name])
-        peak = max(peak, live)
-        live -= sum(_bytes(known[item.name]) for item in unused)
-    return peak
-
-
-def _bytes(spec: Any) -> int:
-    if isinstance(spec, TensorSpec):
-        return torch.Size(spec.shape).numel() * spec.dtype.itemsize
-    return sum(_bytes(item) for item in spec) if isinstance(spec, tuple | list) else 0

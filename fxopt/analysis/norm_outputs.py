@@ -21,7 +21,7 @@ from fxopt.ops import operators
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["expected_mean"]
+__all__ = ["Expected", "expected"]
 
 _QUANTILES = 255
 _DEEPEST = 256  # operators between a layer and the BatchNorm
@@ -31,13 +31,15 @@ _SAME_MEAN = frozenset(
 )
 
 
-class _Moments(NamedTuple):
+class Expected(NamedTuple):
+    """Mean and variance of every channel, float64[C] each; the variance at most."""
+
     mean: Tensor
     variance: Tensor
 
 
-def expected_mean(program: Program, node: fx.Node, count: int) -> Tensor | None:
-    """The expected value of every channel that a layer reads, float64[count]; None where no BatchNorm tells.
+def expected(program: Program, node: fx.Node, count: int) -> Expected | None:
+    """What to expect of every channel that a layer reads; None where no BatchNorm tells.
 
     Args:
         program: in evaluation mode.
@@ -46,10 +48,10 @@ def expected_mean(program: Program, node: fx.Node, count: int) -> Tensor | None:
     """
     with torch.no_grad():
         found = _moments(program, cast("fx.Node", program.call(node).arguments["input"]), _DEEPEST)
-    return found.mean if found is not None and len(found.mean) == count else None
+    return found if found is not None and len(found.mean) == count else None
 
 
-def _moments(program: Program, node: fx.Node, depth: int) -> _Moments | None:
+def _moments(program: Program, node: fx.Node, depth: int) -> Expected | None:
     call = program.call(node)
     sources = node.all_input_nodes
     if call.op == "batch_norm":
@@ -62,7 +64,7 @@ def _moments(program: Program, node: fx.Node, depth: int) -> _Moments | None:
     before = [_moments(program, source, depth - 1) for source in sources]
     if any(item is None for item in before):
         return None
-    moments = cast("list[_Moments]", before)
+    moments = cast("list[Expected]", before)
     if call.op in _SAME_MEAN:
         return moments[0] if len(moments) == 1 else None
     if len(moments) == 1:
@@ -70,20 +72,20 @@ def _moments(program: Program, node: fx.Node, depth: int) -> _Moments | None:
     plain_sum = call.op == "add" and len(node.args) == 2 and not node.kwargs and len(moments) == 2
     if plain_sum and len(moments[0].mean) == len(moments[1].mean):
         one, other = moments
-        return _Moments(one.mean + other.mean, one.variance + other.variance)
+        return Expected(one.mean + other.mean, one.variance + other.variance)
     return None
 
 
-def _of_norm(norm: Any) -> _Moments | None:
+def _of_norm(norm: Any) -> Expected | None:
     if norm.running_var is None:
         return None
     size = torch.zeros_like(norm.running_var, dtype=torch.float64)
     mean = size if norm.bias is None else norm.bias.detach().double()
     variance = size + 1 if norm.weight is None else norm.weight.detach().double().square()
-    return _Moments(mean, variance)
+    return Expected(mean, variance)
 
 
-def _through(program: Program, node: fx.Node, before: _Moments) -> _Moments | None:
+def _through(program: Program, node: fx.Node, before: Expected) -> Expected | None:
     """Through an operator on single elements, applied to samples [quantiles, C]."""
     places = (torch.arange(_QUANTILES, dtype=torch.float64, device=before.mean.device) + 0.5) / _QUANTILES
     samples = before.mean + before.variance.sqrt() * torch.special.ndtri(places)[:, None]
@@ -94,4 +96,4 @@ def _through(program: Program, node: fx.Node, before: _Moments) -> _Moments | No
     after = call_node(node, module, args, kwargs)
     if not isinstance(after, Tensor) or after.shape != samples.shape or not after.is_floating_point():
         return None
-    return _Moments(after.mean(0), after.var(0, unbiased=False))
+    return Expected(after.mean(0), after.var(0, unbiased=False))

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, fx
 
 from fxopt.analysis.channels import Channels
+from fxopt.analysis.destinations import destination
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -30,9 +31,18 @@ class Reader(NamedTuple):
     labels: Tensor
 
     def columns(self, program: Program) -> Tensor:
-        """Its weight in float64, [outputs times places of the kernel, input channels]."""
+        """Its weight in float64, [outputs times places of the kernel, input channels].
+
+        Every output is scaled as by what is behind: by a BatchNorm, which may not be folded yet.
+        """
         layer: Any = program.module_of(self.node)
-        weight: Tensor = layer.weight.detach().double().movedim(self.axis, -1)
+        weight: Tensor = layer.weight.detach().double()
+        scale = destination(program, self.node).scale.to(weight.device)
+        if scale.numel() > 1:
+            sizes = [1] * weight.ndim
+            sizes[1 - self.axis] = -1
+            scale = scale.reshape(sizes)
+        weight = (weight * scale).movedim(self.axis, -1)
         return weight.reshape(-1, weight.shape[-1])
 
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import operator
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -39,6 +39,7 @@ __all__ = ["InputMoments", "Statistics", "carry", "collect"]
 _CHANNEL_AXIS = {"linear": -1} | {f"conv{kind}{n}d": -n - 1 for kind in ("", "_transpose") for n in (1, 2, 3)}
 _LARGEST_GRAM = 8192  # channels: half a GiB; the flattened input of a classifier may have 25,088
 _BLOCK = 512  # channels: the Gram is symmetric, and only blocks on and below its diagonal are computed
+_PARTS = 8  # of a batch, by samples, between which the covariances are compared
 _CHUNK = 2**23  # numbers that are converted to float64 at a time: 64 MiB
 
 
@@ -52,12 +53,16 @@ class InputMoments:
         square: E[x²], [C].
         gram: E[x xᵀ], [C, C]; the whole of it for grouped convolutions too. None for depthwise convolutions, which
             never mix two channels, and above 8192 channels.
+        noise: how uncertain the covariance S is: E|S - E S|², over tr(S)². For n independent samples of a normal
+            distribution it is 1/n or a little more; neighbouring positions are far from independent. inf if there are
+            not two samples to tell.
     """
 
     count: int
     mean: Tensor
     square: Tensor
     gram: Tensor | None
+    noise: float = torch.inf
 
     @property
     def covariance(self) -> Tensor | None:
@@ -68,7 +73,7 @@ class InputMoments:
         """The moments of some of the channels, in this order."""
         index = torch.as_tensor(indices, dtype=torch.int64, device=self.mean.device)
         gram = None if self.gram is None else self.gram[index][:, index]
-        return InputMoments(self.count, self.mean[index], self.square[index], gram)
+        return replace(self, mean=self.mean[index], square=self.square[index], gram=gram)
 
 
 class Statistics(Mapping[str, InputMoments]):
@@ -173,34 +178,52 @@ class _Sums:
         self._sum: Tensor | float = 0.0
         self._squares: Tensor | float = 0.0
         self._gram: Tensor | None = None
+        self._parts = 0
+        self._spread = 0.0  # sum over the parts of positions times |covariance|²
 
     def add(self, value: Tensor) -> None:
-        if self._axis == -1:
-            value = value.reshape(-1, value.shape[-1])
+        if self._axis == -1 and value.ndim == 1:
+            value = value.unsqueeze(0)
         axis = value.ndim + self._axis
         if not value.numel():
             return
-        samples = max(1, _CHUNK * value.shape[0] // value.numel())
+        samples = max(1, min(_CHUNK * value.shape[0] // value.numel(), -(-value.shape[0] // _PARTS)))
         for part in torch.split(value, samples) if axis else (value,):
             channels = part.movedim(axis, 0)
             self._add(channels.reshape(len(channels), -1).double())
 
     def _add(self, x: Tensor) -> None:
         """`x` is [C, positions]."""
+        total = x.sum(1)
         self._count += x.shape[1]
-        self._sum = self._sum + x.sum(1)
+        self._sum = self._sum + total
         self._squares = self._squares + x.square().sum(1)
         if not self._products or len(x) > _LARGEST_GRAM:
             return
-        if self._gram is None:
-            self._gram = x.new_zeros(len(x), len(x))
+        gram = x.new_empty(len(x), len(x))
         for start in range(0, len(x), _BLOCK):
             block = slice(start, start + _BLOCK)
-            self._gram[start:, block].addmm_(x[start:], x[block].T)
+            torch.mm(x[start:], x[block].T, out=gram[start:, block])
+        self._gram = gram.clone() if self._gram is None else self._gram.add_(gram)
+        self._parts += 1
+        # the part's covariance times its positions; above the diagonal of blocks there is nothing, and it is symmetric
+        for start in range(0, len(x), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            below = gram[start:, block].addr_(total[start:], total[block], alpha=-1 / x.shape[1]).square_()
+            square = below[: len(total[block])].sum()
+            self._spread += float(2 * below.sum() - square) / x.shape[1]
 
     def finish(self) -> InputMoments:
         """The moments; call it once, as the Gram is completed where it is."""
         count, gram = self._count, self._gram
-        if gram is not None:
-            gram.tril_().div_(count).add_(gram.tril(-1).T)
-        return InputMoments(count, torch.as_tensor(self._sum) / count, torch.as_tensor(self._squares) / count, gram)
+        mean, square = torch.as_tensor(self._sum) / count, torch.as_tensor(self._squares) / count
+        if gram is None:
+            return InputMoments(count, mean, square, None)
+        gram.tril_().div_(count).add_(gram.tril(-1).T)
+        found = InputMoments(count, mean, square, gram)
+        if self._parts < 2:
+            return found
+        covariance = cast("Tensor", found.covariance)
+        spread = self._spread / count - float(covariance.square().sum())
+        trace = float(covariance.trace())
+        return replace(found, noise=max(spread, 0.0) / (self._parts - 1) / trace**2 if trace > 0 else torch.inf)

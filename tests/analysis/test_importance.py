@@ -42,7 +42,7 @@ def batches(*, labels: bool = True, count: int = 3) -> list[tuple[Tensor, ...]]:
 
 
 def test_gram_predicts_the_error_of_every_removal() -> None:
-    model, data = two_layers(), batches()
+    model, data = two_layers(), batches(count=64)
     scores = scores_of(model, data, "gram")
     heard = torch.cat([model[1](model[0](x)).detach() for x, _ in data])
     heard = heard - heard.mean(0)
@@ -61,13 +61,13 @@ def test_of_two_channels_that_say_the_same_gram_keeps_one() -> None:
         for tensor in (model[0].weight, model[0].bias):
             tensor[1] = tensor[0]
         model[2].weight[:, :2] = 5.0
-    scores = scores_of(model, batches(), "gram")
+    scores = scores_of(model, batches(count=300), "gram")
     pair = scores[:2].sort().values
     assert pair[0] < 0.01 * pair[1]
 
 
 def test_gram_ranks_a_large_group_in_rounds() -> None:
-    scores = scores_of(two_layers(150), batches(count=8), "gram")
+    scores = scores_of(two_layers(150), batches(count=64), "gram")
     assert len(set(scores.tolist())) > 100
     assert bool(scores.isfinite().all())
 
@@ -166,3 +166,38 @@ def test_queries_and_keys_are_ranked_too(criterion: str) -> None:
         else:
             assert isinstance(found, Tensor)
             assert bool((found > 0).all())
+
+
+def test_gram_does_not_take_what_a_few_samples_leave_undecided_for_spare() -> None:
+    model = two_layers(40)
+    few = scores_of(model, [tuple(item[:12] for item in pair) for pair in batches(count=1)], "gram")
+    many = scores_of(model, batches(count=200), "gram")
+    # twelve samples span eleven directions, so without care all but eleven channels would cost nothing
+    assert float(few.sort().values[:20].sum()) > 0.5 * float(many.sort().values[:20].sum())
+
+
+def test_gram_does_not_take_channels_for_needless_that_rest_on_the_calibration_data() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).double().eval()
+    with torch.no_grad():
+        model[0].weight[:4, 3:] = 0
+        model[0].weight[4:, :3] = 0
+        model[0].weight[4:] *= 2
+    seen = batches(count=64)
+    for x, _ in seen:
+        x[:, 3:] = 0  # nothing of what the last four channels are for
+    scores = scores_of(model, seen, "gram")
+    assert float(scores[4:].min()) > 0.1 * float(scores[:4].min())
+
+
+def test_gram_is_the_same_before_and_after_a_norm_is_folded() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3))
+    with torch.no_grad():
+        model[3].running_var.copy_(torch.logspace(-4, 2, 5))
+        model[3].weight.uniform_(0.5, 2)
+    folded = fxopt.optimize(model.double().eval(), batches()[0][0], ["fold_batch_norm"]).module
+    assert not any(isinstance(item, nn.BatchNorm1d) for item in folded.modules())
+    torch.testing.assert_close(
+        scores_of(model, batches(), "gram"), scores_of(folded.eval(), batches(), "gram"), rtol=1e-6, atol=1e-9
+    )

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 import fxopt
-from fxopt.analysis.norm_outputs import expected_mean
+from fxopt.analysis.norm_outputs import expected
 from fxopt.passes import PruneChannels
 
 
@@ -51,7 +51,7 @@ def test_mean_behind_a_norm(kind: str) -> None:
     # both norms see what is independent and standard normal only one after the other: a sum takes its summands so
     x = torch.randn(64, 6, 32, 32)
     program = fxopt.capture(model, x[:2])
-    found = expected_mean(program, program.node("conv"), 6)
+    found = expected(program, program.node("conv"), 6)
     assert found is not None
     a, b = (torch.randn(64, 6, 32, 32) for _ in range(2))
     with torch.no_grad():
@@ -60,13 +60,13 @@ def test_mean_behind_a_norm(kind: str) -> None:
             sampled = functional.relu(one + functional.gelu(other))
         else:
             sampled = model.read(a)
-    torch.testing.assert_close(found.float(), sampled.mean((0, 2, 3)), atol=0.06, rtol=0.0)
+    torch.testing.assert_close(found.mean.float(), sampled.mean((0, 2, 3)), atol=0.06, rtol=0.0)
 
 
 @pytest.mark.parametrize("kind", ["prelu", "product", "max", "none"])
 def test_no_norm_tells(kind: str) -> None:
     program = fxopt.capture(_Behind(kind).eval(), torch.randn(2, 6, 8, 8))
-    assert expected_mean(program, program.node("conv"), 6) is None
+    assert expected(program, program.node("conv"), 6) is None
 
 
 def test_pruning_without_data_puts_the_mean_into_the_bias() -> None:

@@ -139,18 +139,6 @@ def test_windows_that_fit_into_memory_are_pooled(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(norm.running_var, values.var((0, 2)))
 
 
-def test_how_many_batches_go_into_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 1)).double().eval()
-    data = batches(2, 2, 3, 2, 1, shape=(3, 6))
-    program = capture(model, data[0], calibration=data)
-    peak = (4 + 4) * 6 * 2 * 8  # input and output of BatchNorm, at the example's 2 samples
-    assert norm_inputs._peak_bytes(program) == peak
-    for samples, sizes in ((4, [[2, 2], [3], [2, 1]]), (5, [[2, 2], [3, 2], [1]]), (1, [[2], [2], [3], [2], [1]])):
-        monkeypatch.setattr(norm_inputs, "_MEMORY", peak * samples // 2)
-        windows = list(norm_inputs._windows(program))
-        assert [[len(inputs[0]) for inputs in window] for window in windows] == sizes
-
-
 def test_values_are_dropped_once_they_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[int] = []
 

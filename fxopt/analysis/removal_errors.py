@@ -13,6 +13,8 @@ tr(W S Wᵀ), the errors of several layers add up. Once c is gone, both change f
 so channels are taken one after the other, the least harmful first, and of two that say the same only one is cheap.
 Large groups go in rounds, in each of which a share of the channels is taken by the same scores.
 
+l is larger where few samples were seen, so that what they leave undecided is not taken for spare.
+
 References: Optimal Brain Surgeon (Hassibi and Stork 1992), Optimal Brain Compression (arXiv:2208.11580), CORP
 (arXiv:2602.05243).
 """
@@ -27,13 +29,27 @@ from torch import Tensor
 __all__ = ["Quadratic", "removal_errors", "ridge"]
 
 _RIDGE = 1e-3
+_MOST_SHRINKAGE = 0.999
 _ROUNDS = 64
 
 
-def ridge(covariance: Tensor) -> Tensor:
-    """The covariance with a thousandth of its mean variance added on the diagonal; [C, C]."""
-    amount = _RIDGE * float(covariance.diagonal().mean())
-    return covariance + torch.eye(len(covariance)).to(covariance) * (amount if amount > 0 else 1.0)
+def ridge(covariance: Tensor, noise: float) -> Tensor:
+    """The covariance with more on its diagonal: for what a few samples cannot know; float64[C, C].
+
+    That is the shrinkage r towards m I, m the mean variance, that is best if the covariance is as uncertain as it looks
+    (Ledoit and Wolf 2004): S + r / (1 - r) m I. At least a thousandth of m is added.
+
+    Args:
+        covariance: [C, C] in float64.
+        noise: see `InputMoments.noise`.
+    """
+    mean = float(covariance.diagonal().mean())
+    unit = torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+    if mean <= 0:
+        return covariance + unit
+    structure = float((covariance - mean * unit).square().sum()) / (mean * len(covariance)) ** 2
+    share = min(noise / structure, _MOST_SHRINKAGE) if structure > 0 else _MOST_SHRINKAGE
+    return covariance + max(_RIDGE, share / (1 - share)) * mean * unit
 
 
 class Quadratic:
@@ -41,13 +57,14 @@ class Quadratic:
 
     Args:
         covariance: of its input, [C, C] in float64.
+        noise: of that, see `InputMoments.noise`.
         columns: of its weight, [rows, C] in float64.
         units: position of the unit that each channel belongs to, int64[C]; -1 for those that stay.
     """
 
-    def __init__(self, covariance: Tensor, columns: Tensor, units: Tensor) -> None:
+    def __init__(self, covariance: Tensor, noise: float, columns: Tensor, units: Tensor) -> None:
         self._units = units.to(covariance.device)
-        self._inverse = torch.linalg.inv(ridge(covariance))
+        self._inverse = torch.linalg.inv(ridge(covariance, noise))
         self._products = columns.T @ columns
         energy = float((self._products * covariance).sum())
         self._scale = 1 / energy if energy > 0 else 0.0

@@ -1,0 +1,120 @@
+"""What a layer multiplies by its weight: the patches of its input, as rows of a matrix.
+
+A convolution is a linear map of patches, each the input under its kernel at one position: C / groups channels times the
+places of the kernel. A linear layer is the same with one place. With the patches as rows u of length D,
+
+    y = u W + b,     u [groups, rows, D],     W [groups, D, outputs / groups].
+
+This turns questions about weights into linear algebra, whatever the stride, the dilation or the padding.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["PatchLayer"]
+
+
+class PatchLayer:
+    """A linear layer or a convolution, 1-D to 3-D, as a linear map of patches.
+
+    Args:
+        layer: of which the weight and the sizes are read.
+
+    Attributes:
+        groups: of the convolution; 1 for a linear layer.
+        length: of a patch, D.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        self._is_linear = isinstance(layer, nn.Linear)
+        self._layer = cast("Any", layer)
+        self.groups = 1 if self._is_linear else int(self._layer.groups)
+        self.length = int(self._layer.weight[0].numel())
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight in float64, [groups, D, outputs / groups]."""
+        weight: Tensor = self._layer.weight.detach().double()
+        return weight.reshape(self.groups, -1, self.length).transpose(1, 2)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the layer's weight."""
+        found: torch.dtype = self._layer.weight.dtype
+        return found
+
+    def as_weight(self, matrix: Tensor) -> Tensor:
+        """The layer's weight for such a matrix, in its own shape and data type."""
+        old: Tensor = self._layer.weight
+        return matrix.transpose(1, 2).reshape(old.shape).to(old.dtype).contiguous()
+
+    def positions(self, output: Tensor) -> int:
+        """How many patches a sample has, from the shape of what the layer gives for some samples."""
+        sizes = output.shape[1:-1] if self._is_linear else output.shape[2:]
+        return math.prod(sizes)
+
+    def rows(self, output: Tensor, picks: Tensor) -> Tensor:
+        """What it gives at some positions, [groups, samples * picks, outputs / groups].
+
+        Args:
+            output: what it gives, samples on axis 0.
+            picks: numbers of positions, in the order of their axes.
+        """
+        axis = -1 if self._is_linear else 1
+        channels = output.movedim(axis, -1)
+        found = channels.reshape(len(output), -1, channels.shape[-1])[:, picks]
+        return self._grouped(found.reshape(-1, found.shape[-1]))
+
+    def patches(self, value: Tensor, output: Tensor, picks: Tensor) -> Tensor:
+        """The patches at some positions, [groups, samples * picks, D].
+
+        Args:
+            value: what the layer reads, samples on axis 0.
+            output: what it gives, for its shape.
+            picks: numbers of positions, in the order of their axes.
+        """
+        if self._is_linear:
+            return self.rows(value, picks)
+        layer = self._layer
+        dims = len(layer.kernel_size)
+        padded = self._padded(value)
+        found: list[Tensor] = []
+        for axis, corner in enumerate(torch.unravel_index(picks, output.shape[2:])):
+            steps = torch.arange(layer.kernel_size[axis], device=picks.device) * layer.dilation[axis]
+            places = corner.unsqueeze(1) * layer.stride[axis] + steps  # [picks, places along this axis]
+            shape = [1] * (dims + 1)
+            shape[0], shape[axis + 1] = places.shape
+            found.append(places.reshape(shape))
+        index: tuple[Any, ...] = (slice(None), slice(None), *found)
+        gathered = padded[index]  # [samples, C, picks, *kernel]
+        return self._grouped(gathered.movedim(1, 2).reshape(len(value) * len(picks), -1))
+
+    def _grouped(self, rows: Tensor) -> Tensor:
+        """[rows, groups * n] to [groups, rows, n]."""
+        return rows.reshape(len(rows), self.groups, -1).transpose(0, 1)
+
+    def _padded(self, value: Tensor) -> Tensor:
+        layer = self._layer
+        pads = _paddings(layer.padding, layer.kernel_size, layer.dilation)
+        if layer.padding_mode == "zeros":
+            return F.pad(value, pads)
+        return F.pad(value, pads, mode=layer.padding_mode)
+
+
+def _paddings(padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    """As `F.pad` takes them: of the last axis first, in front and behind."""
+    found: list[int] = []
+    for axis in reversed(range(len(kernel))):
+        whole = dilation[axis] * (kernel[axis] - 1)
+        if padding == "same":
+            found += [whole // 2, whole - whole // 2]
+        else:
+            found += [0, 0] if isinstance(padding, str) else [padding[axis]] * 2
+    return found
