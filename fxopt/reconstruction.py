@@ -28,6 +28,7 @@ from fxopt import edit
 from fxopt.analysis.destinations import Destination, destination
 from fxopt.analysis.liveness import unused_after, windows
 from fxopt.analysis.patches import PatchLayer
+from fxopt.analysis.shapes import shapes
 from fxopt.errors import InputError
 from fxopt.interpret import call_node
 from fxopt.progress import progress
@@ -76,6 +77,9 @@ def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any) -> str | Non
     places = len(program.callers(node))
     if places > 1:
         return f"it is called at {places} places"
+    source = program.analysis(shapes)[cast("fx.Node", program.call(node).arguments["input"]).name]
+    if len(source.shape) < (2 if program.op(node) == "linear" else layer.weight.ndim):
+        return "what it reads has no batch axis"
     length = layer.weight[0].numel()
     return f"each output reads {length} values, and {_LONGEST} is the most" if length > _LONGEST else None
 
@@ -90,10 +94,10 @@ def reconstruct(program: Program, original: Program, layers: Iterable[str], left
         left_of: what is left of a value of the original.
 
     Raises:
-        InputError: if the data do not fit the model.
+        InputError: if a name is not that of a node, the data do not fit the model, or values are not finite on them.
     """
     order = {node.name: place for place, node in enumerate(program.nodes)}
-    wanted = sorted(layers, key=order.__getitem__)
+    wanted = sorted(layers, key=lambda name: order[program.node(name).name])
     goals = {name: _goal(program, name, order) for name in wanted}
     batches = next(windows(original, _MEMORY))
     with (
