@@ -77,11 +77,20 @@ def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any) -> str | Non
     places = len(program.callers(node))
     if places > 1:
         return f"it is called at {places} places"
+    if _holders(program, layer.weight) > 1:
+        return "its weight is tied to another layer's"
     source = program.analysis(shapes)[cast("fx.Node", program.call(node).arguments["input"]).name]
     if len(source.shape) < (2 if program.op(node) == "linear" else layer.weight.ndim):
         return "what it reads has no batch axis"
     length = layer.weight[0].numel()
     return f"each output reads {length} values, and {_LONGEST} is the most" if length > _LONGEST else None
+
+
+def _holders(program: Program, weight: Tensor) -> int:
+    """How many modules and nodes hold a tensor."""
+    modules = {id(module): module for module in map(program.module_of, program.nodes) if module is not None}
+    inside = sum(any(item is weight for item in module.parameters()) for module in modules.values())
+    return inside + sum(program.tensor_of(node) is weight for node in program.nodes)
 
 
 def reconstruct(program: Program, original: Program, layers: Iterable[str], left_of: Slicer) -> None:
@@ -167,9 +176,9 @@ class _Seen(NamedTuple):
 
     @classmethod
     def of(cls, name: str, before: _Run, after: _Run, goal: Destination, left_of: Slicer) -> _Seen:
-        target = left_of(name, before.values[name])
+        target = _float(left_of(name, before.values[name]))
         for other, factor in goal.others:
-            off = left_of(other, before.values[other]) - after.values[other]
+            off = _float(left_of(other, before.values[other])) - _float(after.values[other])
             target = target + off * (factor * _inverse(goal.scale)).to(off)
         return cls(after.argument(name), target)
 
@@ -190,16 +199,18 @@ def _fit(program: Program, name: str, batches: Sequence[_Seen]) -> None:
     node = program.node(name)
     layer = PatchLayer(cast("nn.Module", program.module_of(node)))
     regression = Regression(layer.weight)
-    samples = sum(len(seen.value) for seen in batches)
-    positions = layer.positions(batches[0].target)
+    rows = sum(len(seen.value) * layer.positions(seen.target) for seen in batches)
     wanted = max(_ROWS_PER_VALUE * layer.length, _MULTIPLIES / (layer.groups * layer.length**2))
-    each = math.ceil(positions * min(1.0, wanted / (samples * positions)))
+    share = min(1.0, wanted / max(rows, 1))
     generator = torch.Generator().manual_seed(0)
     done = 0
     for value, target in batches:
+        # batches may differ in size, and so may the positions of their samples
+        positions = layer.positions(target)
+        each = math.ceil(positions * share)
         picks = torch.arange(positions) if each == positions else torch.randperm(positions, generator=generator)[:each]
         picks = picks.to(value.device)
-        at_once = max(1, _CHUNK // (each * layer.groups * layer.length))
+        at_once = max(1, _CHUNK // max(1, each * layer.groups * layer.length))
         for half in range(2):
             mine = slice((done + half) % 2, None, 2)
             for part, wished in _together(value[mine], target[mine], at_once):
@@ -207,7 +218,7 @@ def _fit(program: Program, name: str, batches: Sequence[_Seen]) -> None:
         done += len(value)
     weight, bias, left, before = regression.solve()
     if not (weight.isfinite().all() and bias.isfinite().all()):
-        raise InputError(f"what {name} reads is not finite on the calibration data")
+        raise InputError(f"what {name} reads or gives is not finite on the calibration data")
     _log.debug("%s: %.3g of the variance is left, %.3g before", name, left, before)
     edit.set_tensor(program, node, "weight", layer.as_weight(weight))
     edit.set_tensor(program, node, "bias", bias.reshape(-1).to(layer.dtype))

@@ -7,9 +7,10 @@ B = cov(u, y). A solution moves weights W0 that are known already,
 
 which is the least squares solution for l = 0, and W0 with another bias for l = inf. Samples are dealt out to two
 halves, and l, in multiples of the mean variance, is for each output the one with which each half explains the other
-best (two-fold cross-validation): so a few samples cannot make good weights worse.
+best (two-fold cross-validation), so that a few samples do not spoil good weights.
 
-The covariances are of u - c, c the mean of the first batch: sums of float32 products keep their digits.
+The covariances are of u - c, c the mean of the first rows: sums of float32 products keep their digits. The bias is
+fitted to all samples in any case.
 """
 
 from __future__ import annotations

@@ -268,6 +268,9 @@ def _plan_fit(program: Program, channels: Channels, gone: Sequence[int]) -> Iter
     if program.training:
         yield Skip(program.nodes[0].name, "no layer is fitted to the data, as values are random in training mode")
         return
+    if isinstance(program.calibration, Iterator):
+        yield Skip(program.nodes[0].name, "no layer is fitted to the data: an iterator can be read once; pass a list")
+        return
     units = torch.tensor(sorted(gone))
     cut = {
         node

@@ -110,7 +110,7 @@ def test_a_program_that_is_right_already_stays_right() -> None:
     assert off(program, fitted, data(7, 4, 6, 6)) < 1e-12
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [2, 4])
 def test_one_small_batch_does_no_harm(size: int) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 24), nn.ReLU(), nn.Linear(24, 24), nn.ReLU(), nn.Linear(24, 3)).eval()
@@ -181,5 +181,68 @@ def test_data_that_are_not_finite_are_refused() -> None:
     program = captured(nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 2)), batches)
     broken = program.copy()
     broken.calibration = [torch.full_like(batches[0], torch.nan)]
-    with pytest.raises(fxopt.FxoptError, match="_1 reads is not finite"):
+    with pytest.raises(fxopt.FxoptError, match="_1 reads or gives is not finite"):
         reconstruct(program.copy(), broken, ["_1"], whole)
+
+
+def test_batches_may_differ_in_size_and_in_positions() -> None:
+    torch.manual_seed(0)
+    batches = [torch.randn(4, 3, size, size, dtype=DOUBLE) for size in (8, 6, 10)]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 2, 1)).double()
+    program = fxopt.optimize(
+        model.eval(), batches[0], [PruneChannels(ratio=0.5)], calibration=batches, on_failure="raise"
+    )
+    assert "fit" in program.report.passes[0].rewrites[-1].params
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embedding, self.a, self.b = nn.Embedding(50, 8), nn.Linear(8, 16), nn.Linear(16, 8)
+            self.head = nn.Linear(8, 50, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.embedding(x)
+            return self.head(y + self.b(torch.relu(self.a(y))))
+
+    batches = [torch.randint(0, 50, (4, 6)) for _ in range(4)]
+    passes = [PruneChannels(layers={"a": 0.3}, compensate=True)]
+    program = fxopt.optimize(Tied().eval(), batches[0], passes, calibration=batches, on_failure="raise")
+    (report,) = program.report.passes
+    assert report.after.params < report.before.params
+    assert any("tied" in skip.why for skip in report.skips)
+
+
+def test_data_that_can_be_read_once_are_not_fitted_to() -> None:
+    batches = data(8, 6)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 2)).double().eval()
+    program = fxopt.optimize(
+        model, batches[0], [PruneChannels(ratio=0.5)], calibration=iter(batches), on_failure="raise"
+    )
+    assert any("read once" in skip.why for skip in program.report.passes[0].skips)
+
+
+def test_half_precision_with_a_tiny_scale_behind() -> None:
+    torch.manual_seed(0)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.norm, self.c = (
+                nn.Conv2d(4, 8, 1),
+                nn.Conv2d(8, 4, 1),
+                nn.BatchNorm2d(4),
+                nn.Conv2d(4, 2, 1),
+            )
+            with torch.no_grad():
+                self.norm.weight.fill_(1e-6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(x + self.norm(self.b(torch.relu(self.a(x)))))
+
+    batches = [item.half() for item in data(4, 4, 6, 6)]
+    passes = [PruneChannels(ratio=0.5)]
+    program = fxopt.optimize(Net().half().eval(), batches[0], passes, calibration=batches, on_failure="raise")
+    assert all(item.isfinite().all() for item in program.module.state_dict().values())

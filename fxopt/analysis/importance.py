@@ -3,7 +3,7 @@
     l1, l2      the p-norm of all weights that produce or read the unit (group norm: DepGraph, arXiv:2301.12900)
     bn_scale    the mean |gamma| of the BatchNorms that the unit passes (Network Slimming, arXiv:1708.06519)
     taylor      the mean squared change of the loss without it (`sensitivity`); calibration data with targets
-    gram        the error of the layers that read it when the others make up for it (`reconstruction`); calibration data
+    gram        the error of the layers that read it when the others make up for it (`removal_errors`); calibration data
     random      drawn from a seeded generator
 
 Scores are comparable within a group. Between groups those of `taylor` and `gram` are too: they say what the whole
@@ -82,7 +82,7 @@ def _power_sums(tensor: Tensor, axis: int, power: int) -> Tensor:
     # into one tensor: small results kept between large temporaries would keep the allocator from reusing their place
     for start in range(0, len(matrix), rows):
         part = matrix[start : start + rows]
-        sums[start : start + rows] = part.reshape(len(part), -1).double().abs_().pow_(power).sum(1)
+        sums[start : start + rows] = part.reshape(len(part), -1).double().abs().pow(power).sum(1)
     return sums
 
 

@@ -38,11 +38,15 @@ class Reader(NamedTuple):
         layer: Any = program.module_of(self.node)
         weight: Tensor = layer.weight.detach().double()
         scale = destination(program, self.node).scale.to(weight.device)
-        if scale.numel() > 1:
+        axis = -1 if program.op(self.node) == "linear" else 1
+        if scale.ndim > 1 and scale.shape[axis] == scale.numel():
             sizes = [1] * weight.ndim
             sizes[1 - self.axis] = -1
-            scale = scale.reshape(sizes)
-        weight = (weight * scale).movedim(self.axis, -1)
+            weight = weight * scale.reshape(sizes)
+        else:
+            # what differs between positions counts by its mean square
+            weight = weight * scale.square().mean().sqrt()
+        weight = weight.movedim(self.axis, -1)
         return weight.reshape(-1, weight.shape[-1])
 
 

@@ -179,7 +179,8 @@ class _Sums:
         self._squares: Tensor | float = 0.0
         self._gram: Tensor | None = None
         self._parts = 0
-        self._spread = 0.0  # sum over the parts of positions times |covariance|²
+        self._centre = torch.zeros(0)  # the mean of the first batch
+        self._spread = 0.0  # sum over the parts of positions times |moments about the centre|²
 
     def add(self, value: Tensor) -> None:
         if self._axis == -1 and value.ndim == 1:
@@ -187,6 +188,8 @@ class _Sums:
         axis = value.ndim + self._axis
         if not value.numel():
             return
+        if not self._parts:
+            self._centre = value.movedim(axis, 0).reshape(value.shape[axis], -1).double().mean(1)
         samples = max(1, min(_CHUNK * value.shape[0] // value.numel(), -(-value.shape[0] // _PARTS)))
         for part in torch.split(value, samples) if axis else (value,):
             channels = part.movedim(axis, 0)
@@ -206,12 +209,14 @@ class _Sums:
             torch.mm(x[start:], x[block].T, out=gram[start:, block])
         self._gram = gram.clone() if self._gram is None else self._gram.add_(gram)
         self._parts += 1
-        # the part's covariance times its positions; above the diagonal of blocks there is nothing, and it is symmetric
+        # about the centre, which all parts share: about its own mean a part of one position would have no spread
+        centre, around = self._centre, total - x.shape[1] * self._centre
         for start in range(0, len(x), _BLOCK):
             block = slice(start, start + _BLOCK)
-            below = gram[start:, block].addr_(total[start:], total[block], alpha=-1 / x.shape[1]).square_()
-            square = below[: len(total[block])].sum()
-            self._spread += float(2 * below.sum() - square) / x.shape[1]
+            below = gram[start:, block].addr_(centre[start:], total[block], alpha=-1)
+            below = below.addr_(around[start:], centre[block], alpha=-1).square_()
+            # blocks on the diagonal are whole, those below it stand for two
+            self._spread += float(2 * below.sum() - below[: len(total[block])].sum()) / x.shape[1]
 
     def finish(self) -> InputMoments:
         """The moments; call it once, as the Gram is completed where it is."""
@@ -223,7 +228,7 @@ class _Sums:
         found = InputMoments(count, mean, square, gram)
         if self._parts < 2:
             return found
-        covariance = cast("Tensor", found.covariance)
-        spread = self._spread / count - float(covariance.square().sum())
+        covariance, off = cast("Tensor", found.covariance), mean - self._centre
+        spread = self._spread / count - float((covariance + torch.outer(off, off)).square().sum())
         trace = float(covariance.trace())
         return replace(found, noise=max(spread, 0.0) / (self._parts - 1) / trace**2 if trace > 0 else torch.inf)

@@ -258,3 +258,25 @@ def test_a_layer_sees_what_an_operator_in_place_has_left() -> None:
     data = batches(3, shape=(4,))
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
     check(collect(program_of(model, data))["_2"], model[:2](data[0]).detach())
+
+
+@pytest.mark.parametrize("batch", [1, 8, 64, 640])
+@pytest.mark.parametrize("channels", [16, 600])
+def test_noise_of_the_covariance_is_that_of_independent_samples(batch: int, channels: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    values = 3 + torch.randn(640, channels, generator=generator, dtype=torch.float64)
+    model = nn.Sequential(nn.Linear(channels, 2)).double().eval()
+    found = collect(capture(model, values[:2], calibration=list(values.split(batch))))["_0"]
+    # of a normal distribution: (1 + |S|² / tr(S)²) / n
+    expected = (1 + 1 / channels) / 640
+    if batch > 1:
+        assert found.noise == pytest.approx(expected, rel=0.4)
+    else:
+        # the centre is a single sample then, which adds to it
+        assert expected < found.noise < 4 * expected
+
+
+def test_positions_that_say_the_same_are_no_more_samples() -> None:
+    values = torch.randn(320, 8, 1, 1, generator=torch.Generator().manual_seed(0)).expand(320, 8, 5, 5)
+    found = collect(capture(nn.Sequential(nn.Conv2d(8, 2, 1)).eval(), values[:2], calibration=list(values.split(32))))
+    assert found["_0"].noise == pytest.approx((1 + 1 / 8) / 320, rel=0.3)
