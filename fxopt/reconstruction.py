@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxopt import edit
+from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.destinations import Destination, destination
 from fxopt.analysis.liveness import unused_after, windows
 from fxopt.analysis.patches import PatchLayer
@@ -61,15 +63,16 @@ def layers_behind(program: Program, nodes: Collection[fx.Node]) -> Iterator[tupl
         The call, and why `reconstruct` leaves that layer as it is; None if it can be fitted.
     """
     behind: set[fx.Node] = set()
+    uses = Counter(id(tensor) for node in program.nodes for tensor in held_tensors(program, node))
     for node in program.nodes:
         if any(source in nodes or source in behind for source in node.all_input_nodes):
             behind.add(node)
             call = program.call(node)
             if call.op == "linear" or call.op.startswith("conv"):
-                yield node, _reason_not_to_fit(program, node, call.module)
+                yield node, _reason_not_to_fit(program, node, call.module, uses)
 
 
-def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any) -> str | None:
+def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any, uses: Mapping[int, int]) -> str | None:
     if layer is None:
         return "it is a function, not a module"
     if program.op(node).startswith("conv_transpose"):
@@ -77,20 +80,13 @@ def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any) -> str | Non
     places = len(program.callers(node))
     if places > 1:
         return f"it is called at {places} places"
-    if _holders(program, layer.weight) > 1:
+    if uses[id(layer.weight)] > 1:
         return "its weight is tied to another layer's"
     source = program.analysis(shapes)[cast("fx.Node", program.call(node).arguments["input"]).name]
     if len(source.shape) < (2 if program.op(node) == "linear" else layer.weight.ndim):
         return "what it reads has no batch axis"
     length = layer.weight[0].numel()
     return f"each output reads {length} values, and {_LONGEST} is the most" if length > _LONGEST else None
-
-
-def _holders(program: Program, weight: Tensor) -> int:
-    """How many modules and nodes hold a tensor."""
-    modules = {id(module): module for module in map(program.module_of, program.nodes) if module is not None}
-    inside = sum(any(item is weight for item in module.parameters()) for module in modules.values())
-    return inside + sum(program.tensor_of(node) is weight for node in program.nodes)
 
 
 def reconstruct(program: Program, original: Program, layers: Iterable[str], left_of: Slicer) -> None:
@@ -116,7 +112,8 @@ def reconstruct(program: Program, original: Program, layers: Iterable[str], left
         buffers_restored(original.module),
         buffers_restored(program.module),
     ):
-        pair = [(_Run(original, inputs), _Run(program, inputs)) for inputs in batches]
+        unused = unused_after(original), unused_after(program)
+        pair = [(_Run(original, unused[0], inputs), _Run(program, unused[1], inputs)) for inputs in batches]
         for name in wanted:
             for before, after in pair:
                 before.up_to(name)
@@ -128,10 +125,10 @@ def reconstruct(program: Program, original: Program, layers: Iterable[str], left
 class _Run:
     """A run of a program on one batch, as far as it has come."""
 
-    def __init__(self, program: Program, inputs: Sequence[Tensor]) -> None:
+    def __init__(self, program: Program, unused: Mapping[fx.Node, Sequence[fx.Node]], inputs: Sequence[Tensor]) -> None:
         self._program = program
         self._nodes = iter(program.nodes)
-        self._unused = unused_after(program)
+        self._unused = unused
         self._next: fx.Node | None = None
         self.values: dict[str, Any] = {}
         for tensor in inputs:

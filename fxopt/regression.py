@@ -99,9 +99,10 @@ class Regression:
             least, places = errors.min(0)
             places = torch.where(errors[0] - least > _WORTH_WHILE, places, 0)
             left, before = float(least.mean()), float(errors[0].mean())
+            moments = both.moments()
             for place in sorted(set(places.flatten().tolist())):
                 chosen = (places == place).unsqueeze(1)
-                weight = torch.where(chosen, _solved(both.moments(), self._weight, _RIDGES[place]), weight)
+                weight = torch.where(chosen, _solved(moments, self._weight, _RIDGES[place]), weight)
         centre_in, centre_out = (centre.squeeze(1).double() for centre in self._centres)
         mean_in, mean_out = centre_in + both.inputs / both.count, centre_out + both.outputs / both.count
         bias = mean_out - (mean_in.unsqueeze(1) @ weight).squeeze(1)

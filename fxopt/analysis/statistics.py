@@ -179,7 +179,7 @@ class _Sums:
         self._squares: Tensor | float = 0.0
         self._gram: Tensor | None = None
         self._parts = 0
-        self._centre = torch.zeros(0)  # the mean of the first batch
+        self._centre: Tensor | None = None  # the mean of the first batch
         self._spread = 0.0  # sum over the parts of positions times |moments about the centre|²
 
     def add(self, value: Tensor) -> None:
@@ -188,15 +188,15 @@ class _Sums:
         axis = value.ndim + self._axis
         if not value.numel():
             return
-        if not self._parts:
-            self._centre = value.movedim(axis, 0).reshape(value.shape[axis], -1).double().mean(1)
+        if self._centre is None:
+            self._centre = value.mean([each for each in range(value.ndim) if each != axis], dtype=torch.float64)
         samples = max(1, min(_CHUNK * value.shape[0] // value.numel(), -(-value.shape[0] // _PARTS)))
         for part in torch.split(value, samples) if axis else (value,):
             channels = part.movedim(axis, 0)
-            self._add(channels.reshape(len(channels), -1).double())
+            self._add(channels.reshape(len(channels), -1).double(), self._centre)
 
-    def _add(self, x: Tensor) -> None:
-        """`x` is [C, positions]."""
+    def _add(self, x: Tensor, centre: Tensor) -> None:
+        """`x` is [C, positions], `centre` is [C]."""
         total = x.sum(1)
         self._count += x.shape[1]
         self._sum = self._sum + total
@@ -210,7 +210,7 @@ class _Sums:
         self._gram = gram.clone() if self._gram is None else self._gram.add_(gram)
         self._parts += 1
         # about the centre, which all parts share: about its own mean a part of one position would have no spread
-        centre, around = self._centre, total - x.shape[1] * self._centre
+        around = total - x.shape[1] * centre
         for start in range(0, len(x), _BLOCK):
             block = slice(start, start + _BLOCK)
             below = gram[start:, block].addr_(centre[start:], total[block], alpha=-1)
@@ -228,7 +228,7 @@ class _Sums:
         found = InputMoments(count, mean, square, gram)
         if self._parts < 2:
             return found
-        covariance, off = cast("Tensor", found.covariance), mean - self._centre
+        covariance, off = cast("Tensor", found.covariance), mean - cast("Tensor", self._centre)
         spread = self._spread / count - float((covariance + torch.outer(off, off)).square().sum())
         trace = float(covariance.trace())
         return replace(found, noise=max(spread, 0.0) / (self._parts - 1) / trace**2 if trace > 0 else torch.inf)
