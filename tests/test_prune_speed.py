@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -87,10 +89,12 @@ def test_a_peer_that_fails_is_a_result(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @linux
 def test_the_peak_is_what_a_piece_of_work_takes() -> None:
-    def work() -> None:
-        torch.ones(2**23)  # 32 MiB
-
-    assert 0.9 < memory.peak_beyond(work) / 2**25 < 1.5
+    # in a process of its own, as in the benchmark: here the allocator may still hold what other tests have freed
+    code = (
+        "import torch; from benchmarks.prune_speed import memory; print(memory.peak_beyond(lambda: torch.ones(2**23)))"
+    )
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert 0.9 < int(found.stdout) / 2**25 < 1.5  # 32 MiB
 
 
 @linux
