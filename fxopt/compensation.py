@@ -9,7 +9,8 @@ the ridge regression of what the removed channels brought into the layer's remai
 thousandth of the mean variance of the kept channels, or more where few samples were seen. For convolutions A is the
 same at every place of the kernel, and what they pad is not looked at. Without covariance, A = 0: the bias takes over
 the mean of the removed channels, from the calibration data or, without any, as the BatchNorm in front tells it
-(`fxopt/analysis/norm_outputs.py`).
+(`fxopt/analysis/norm_outputs.py`). What is added to a bias that a layer does not have goes into the BatchNorm behind it
+if it can (`fxopt/biases.py`).
 
 Layers that are called at several places, and grouped convolutions, are left as they are. `fxopt/reconstruction.py` goes
 on from there, with all layers and what they read once everything is removed.
@@ -32,6 +33,7 @@ from fxopt.analysis.norm_outputs import expected
 from fxopt.analysis.readers import readers
 from fxopt.analysis.removal_errors import ridge
 from fxopt.analysis.statistics import Statistics
+from fxopt.biases import add_offset
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -82,8 +84,7 @@ def _make_up(
         edit.set_tensor(program, node, "weight", changed.movedim(-1, axis).contiguous())
     shift = brought @ offset  # [outputs, places of the kernel]
     shift = shift.flatten(1).sum(1) if shift.ndim > 1 else shift
-    bias = shift if layer.bias is None else layer.bias.detach().double() + shift
-    edit.set_tensor(program, node, "bias", bias.to(layer.weight.dtype))
+    add_offset(program, node, shift)
 
 
 def kept_statistics(program: Program, channels: Channels, units: Sequence[int], statistics: Statistics) -> Statistics:

@@ -31,12 +31,13 @@ from fxopt.analysis.destinations import Destination, destination
 from fxopt.analysis.liveness import unused_after, windows
 from fxopt.analysis.patches import PatchLayer
 from fxopt.analysis.shapes import shapes
+from fxopt.biases import absorbing_norm, add_offset
 from fxopt.errors import InputError
-from fxopt.interpret import call_node
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
 from fxopt.regression import Regression
 from fxopt.sharing import buffers_restored
+from fxopt.stepwise import StepwiseRun
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -113,51 +114,16 @@ def reconstruct(program: Program, original: Program, layers: Iterable[str], left
         buffers_restored(program.module),
     ):
         unused = unused_after(original), unused_after(program)
-        pair = [(_Run(original, unused[0], inputs), _Run(program, unused[1], inputs)) for inputs in batches]
+        pairs = [
+            (StepwiseRun(original, unused[0], inputs), StepwiseRun(program, unused[1], inputs)) for inputs in batches
+        ]
         for name in wanted:
-            for before, after in pair:
-                before.up_to(name)
-                after.up_to(name, itself=False)
-            _fit(program, name, [_Seen.of(name, *runs, goals[name], left_of) for runs in pair])
+            for before, after in pairs:
+                before.through(name)
+                after.before(name)
+            seen = [_Seen.of(name, *runs, goals[name], left_of) for runs in pairs]
+            _fit(program, name, seen, _absorbed(program, original, name, left_of))
             advance(1)
-
-
-class _Run:
-    """A run of a program on one batch, as far as it has come."""
-
-    def __init__(self, program: Program, unused: Mapping[fx.Node, Sequence[fx.Node]], inputs: Sequence[Tensor]) -> None:
-        self._program = program
-        self._nodes = iter(program.nodes)
-        self._unused = unused
-        self._next: fx.Node | None = None
-        self.values: dict[str, Any] = {}
-        for tensor in inputs:
-            node = next(self._nodes)
-            self.values[node.name] = tensor.detach().clone()
-
-    def up_to(self, name: str, *, itself: bool = True) -> None:
-        """Runs all nodes up to that one."""
-        while True:
-            node = self._next or next(self._nodes)
-            self._next = node if node.name == name and not itself else None
-            if self._next is None:
-                self.values[node.name] = self._value(node)
-                for over in self._unused[node]:
-                    if over.name != name:
-                        self.values.pop(over.name, None)
-            if node.name == name:
-                return
-
-    def argument(self, name: str) -> Tensor:
-        """What the layer called at a node reads."""
-        source = cast("fx.Node", self._program.call(self._program.node(name)).arguments["input"])
-        return cast("Tensor", self.values[source.name])
-
-    def _value(self, node: fx.Node) -> Any:
-        if node.op == "get_attr":
-            return self._program.tensor_of(node)
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda item: self.values[item.name])
-        return call_node(node, self._program.module_of(node), args, kwargs)
 
 
 class _Seen(NamedTuple):
@@ -172,7 +138,7 @@ class _Seen(NamedTuple):
     target: Tensor
 
     @classmethod
-    def of(cls, name: str, before: _Run, after: _Run, goal: Destination, left_of: Slicer) -> _Seen:
+    def of(cls, name: str, before: StepwiseRun, after: StepwiseRun, goal: Destination, left_of: Slicer) -> _Seen:
         target = _float(left_of(name, before.values[name]))
         for other, factor in goal.others:
             off = _float(left_of(other, before.values[other])) - _float(after.values[other])
@@ -191,8 +157,18 @@ def _inverse(scale: Tensor) -> Tensor:
     return torch.where(scale.abs() > _LEAST_SCALE * scale.abs().max(), 1 / scale, 0.0)
 
 
-def _fit(program: Program, name: str, batches: Sequence[_Seen]) -> None:
-    """Fits one layer to what there is of all batches."""
+def _absorbed(program: Program, original: Program, name: str, left_of: Slicer) -> Tensor | float:
+    """What the BatchNorm behind a layer adds by now to what it gives, since it has taken up a bias."""
+    norm = absorbing_norm(program, program.node(name))
+    if norm is None:
+        return 0.0
+    before, now = (cast("Any", each.module_of(each.node(norm.name))).running_mean for each in (original, program))
+    left = left_of(norm.name, before.unsqueeze(0)).squeeze(0)
+    return left.double() - cast("Tensor", now).double()
+
+
+def _fit(program: Program, name: str, batches: Sequence[_Seen], absorbed: Tensor | float) -> None:
+    """Fits one layer to what there is of all batches, which is what it gives together with what is absorbed."""
     node = program.node(name)
     layer = PatchLayer(cast("nn.Module", program.module_of(node)))
     regression = Regression(layer.weight)
@@ -200,31 +176,31 @@ def _fit(program: Program, name: str, batches: Sequence[_Seen]) -> None:
     wanted = max(_ROWS_PER_VALUE * layer.length, _MULTIPLIES / (layer.groups * layer.length**2))
     share = min(1.0, wanted / max(rows, 1))
     generator = torch.Generator().manual_seed(0)
-    done = 0
-    for value, target in batches:
+    for batch, (value, target) in enumerate(batches):
         # batches may differ in size, and so may the positions of their samples
         positions = layer.positions(target)
         each = math.ceil(positions * share)
         picks = torch.arange(positions) if each == positions else torch.randperm(positions, generator=generator)[:each]
         picks = picks.to(value.device)
-        at_once = max(1, _CHUNK // max(1, each * layer.groups * layer.length))
-        for half in range(2):
-            mine = slice((done + half) % 2, None, 2)
-            for part, wished in _together(value[mine], target[mine], at_once):
-                regression.add(half, _float(layer.patches(part, wished, picks)), _float(layer.rows(wished, picks)))
-        done += len(value)
+        # of neighbouring rows one half may have what the other has, if they are tokens of one sample
+        middle = (len(value) + batch % 2) // 2
+        for half, mine in enumerate((slice(middle), slice(middle, None))):
+            for part, wished, places in _together(value[mine], target[mine], picks, layer.groups * layer.length):
+                regression.add(half, _float(layer.patches(part, wished, places)), _float(layer.rows(wished, places)))
     weight, bias, left, before = regression.solve()
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise InputError(f"what {name} reads or gives is not finite on the calibration data")
     _log.debug("%s: %.3g of the variance is left, %.3g before", name, left, before)
     edit.set_tensor(program, node, "weight", layer.as_weight(weight))
-    edit.set_tensor(program, node, "bias", bias.reshape(-1).to(layer.dtype))
+    add_offset(program, node, bias.reshape(-1) - layer.bias - absorbed)
 
 
-def _together(value: Tensor, target: Tensor, at_once: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Some samples of both at a time."""
-    for start in range(0, len(value), at_once):
-        yield value[start : start + at_once], target[start : start + at_once]
+def _together(value: Tensor, target: Tensor, picks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Some samples and positions at a time, of patches of that length."""
+    at_once = max(1, _CHUNK // max(1, len(picks) * length))
+    for places in torch.split(picks, max(1, _CHUNK // length)):
+        for start in range(0, len(value), at_once):
+            yield value[start : start + at_once], target[start : start + at_once], places
 
 
 def _float(rows: Tensor) -> Tensor:

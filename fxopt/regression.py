@@ -133,7 +133,10 @@ def _solved(moments: tuple[Tensor, Tensor, Tensor], known: Tensor, ridge: float)
     mean = covariance.diagonal(dim1=1, dim2=2).mean(1)
     amount = torch.where(mean > 0, ridge * mean, 1.0)
     unit = torch.eye(covariance.shape[1], dtype=covariance.dtype, device=covariance.device)
-    moved: Tensor = torch.linalg.solve(covariance + amount[:, None, None] * unit, cross - covariance @ known)
+    system, wanted = covariance + amount[:, None, None] * unit, cross - covariance @ known
+    factor, failed = torch.linalg.cholesky_ex(system)
+    # sums of float32 products can leave a covariance that is not quite positive
+    moved: Tensor = torch.linalg.solve(system, wanted) if failed.any() else torch.cholesky_solve(wanted, factor)
     return known + moved
 
 

@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
-from typing import ClassVar, NamedTuple, cast, get_args
+from typing import Any, ClassVar, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
@@ -32,8 +32,10 @@ from fxopt.analysis.channels import BY_ATTENTION, ChannelGroup, Channels, member
 from fxopt.analysis.importance import COMPARABLE, CRITERIA, importance
 from fxopt.analysis.labels import Labels, labels_in
 from fxopt.analysis.measurements import keep, measured
+from fxopt.analysis.norm_outputs import expected
 from fxopt.analysis.readers import readers
 from fxopt.analysis.statistics import carry, collect
+from fxopt.biases import absorbing_norm
 from fxopt.compensation import compensate, kept_statistics
 from fxopt.errors import PassError
 from fxopt.passes_base import Pass, Rewrite, Skip
@@ -110,7 +112,7 @@ class PruneChannels(Pass):
         channels = program.analysis(BY_ATTENTION[self.attention])
         # here, so that all rewrites share one run over the data
         collect(program, self._layers_to_measure(program, channels))
-        costs = ChannelCosts(program, channels)
+        costs = ChannelCosts(program, channels, self._layers_to_gain_a_bias(program, channels))
         candidates: list[Candidate] = []
         for group, candidate in self._candidates(program, channels, costs):
             if isinstance(candidate, str):
@@ -211,6 +213,18 @@ class PruneChannels(Pass):
         if not self._fits(program):
             return []
         return [reader.node.name for reader in readers(program, channels)]
+
+    def _layers_to_gain_a_bias(self, program: Program, channels: Channels) -> list[str]:
+        """Those without one that what they lose is made up for in."""
+        if not self.compensate:
+            return []
+        found = []
+        for node, _, labels in readers(program, channels):
+            layer: Any = program.module_of(node)
+            lacks = layer.bias is None and absorbing_norm(program, node) is None
+            if lacks and (self._fits(program) or expected(program, node, len(labels)) is not None):
+                found.append(node.name)
+        return found
 
     def _fits(self, program: Program) -> bool:
         """Whether layers are fitted to data."""

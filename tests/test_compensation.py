@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import fxopt
 from fxopt import Program
@@ -123,3 +123,72 @@ def test_a_bias_that_was_added_shrinks_with_its_layer() -> None:
     shapes = {name: tuple(tensor.shape) for name, tensor in program.module.named_parameters()}
     assert shapes["2.bias"] == (4,)
     assert shapes["4.bias"] == (3,)
+
+
+def test_a_batch_norm_takes_up_what_a_layer_without_bias_would_need_one_for() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, bias=False),
+        nn.BatchNorm2d(8, momentum=None),
+        nn.ReLU(),
+        nn.Conv2d(8, 6, 3, bias=False),
+        nn.BatchNorm2d(6, momentum=None),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, 5),
+    )
+    data = [torch.randn(16, 3, 10, 10) for _ in range(4)]
+    for x in data:
+        model(x)
+    model.double().eval()
+    data = [x.double() for x in data]
+    names = [name for name, _ in model.named_parameters()]
+    error = {}
+    for calibration in (None, data):
+        for made_up in (False, True):
+            prune = PruneChannels(ratio=0.5, compensate=made_up)
+            program = fxopt.optimize(model, data[0], [prune], calibration=calibration, on_failure="raise")
+            assert [name for name, _ in program.module.named_parameters()] == names
+            wanted, got = model(data[1]), program.module(data[1])
+            # as its BatchNorm would have shown it: by the mean over the data
+            error[calibration is None, made_up] = float((wanted - got).mean(0).abs().max().detach())
+    assert error[True, True] < 0.5 * error[True, False]
+    assert error[False, True] < 0.2 * error[False, False]
+
+
+def test_biases_that_are_added_count_towards_the_budget() -> None:
+    torch.manual_seed(0)
+    layers = [layer for _ in range(6) for layer in (nn.Conv2d(8, 8, 1, bias=False), nn.ReLU())]
+    model = nn.Sequential(*layers).eval()
+    before = sum(item.numel() for item in model.parameters())
+    data = [torch.randn(16, 8, 5, 5)]
+    program = fxopt.optimize(model, data[0], [PruneChannels(params=0.5)], calibration=data, on_failure="raise")
+    left = sum(item.numel() for item in program.module.parameters()) / before
+    assert any(name.endswith("bias") for name, _ in program.module.named_parameters())
+    # one channel of a layer is 4 % of the parameters
+    assert left <= 0.51
+
+
+def test_tied_weights_stay_tied() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.head = nn.Embedding(20, 8), nn.Linear(8, 20, bias=False)
+            self.head.weight = self.tokens.weight
+            self.mixer = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.tokens(x)
+            return self.head(y + self.mixer(y))
+
+    torch.manual_seed(0)
+    model = Tied().eval()
+    data = [torch.randint(0, 20, (32, 4)) for _ in range(3)]
+    for calibration in (None, data):
+        program = fxopt.optimize(
+            model, data[0], [PruneChannels(ratio=0.5)], calibration=calibration, on_failure="raise"
+        )
+        assert program.module.tokens.weight is program.module.head.weight
+        assert program.module.head.weight.shape == (20, 4)
+        assert sum(item.numel() for item in program.module.parameters()) == 20 * 4 + 4 * 4 + 4

@@ -14,7 +14,7 @@ from torch import nn
 from benchmarks.__main__ import main
 from benchmarks.fashion_mnist import Images, resnet14
 from benchmarks.prune_accuracy.study import FXOPT, PEER, Accuracy, Network, Row, Setting, Study
-from benchmarks.prune_accuracy.table import best, verdicts
+from benchmarks.prune_accuracy.table import accuracy_table, best, verdicts
 
 
 def write_images(folder: Path, split: str, count: int) -> None:
@@ -71,7 +71,7 @@ def test_accuracy_takes_a_trained_network(tmp_path: Path, capsys: pytest.Capture
 
 def measured_row(side: str, name: str, reestimated: float, finetuned: float | None = None, images: int = 10) -> Row:
     model = nn.Identity()
-    tuned = None if finetuned is None else Accuracy(finetuned, images)
+    tuned = [] if finetuned is None else [Accuracy(finetuned - 0.01, images), Accuracy(finetuned + 0.01, images)]
     network = Network(0.5, model, model, Accuracy(0.1, images), Accuracy(reestimated, images), tuned)
     return Row(Setting(side, name, lambda _: model), 0.5, network)
 
@@ -95,6 +95,13 @@ def test_the_bars_compare_the_best_of_what_was_measured_on_all_images() -> None:
     assert study.comparable(Accuracy(0.8, 10)) == 0.8
     assert [verdict.met for verdict in verdicts([measured_row(FXOPT, "e", 0.876), *rows], study)] == [True, True]
     assert verdicts(rows[:2], study) == []
+    large = measured_row(PEER, "f", 0.9, 0.95)
+    assert large.network is not None
+    large.network.macs = 0.53
+    assert verdicts([large, *rows], study) == verdicts(rows, study)
+    notes = "\n".join(accuracy_table([large, *rows], study).notes)
+    assert "50%, re-estimated, over the budget: Torch-Pruning: f 90.00 % with 53.0% of the MACs" in notes
+    assert "50%, fine-tuned, over the budget: Torch-Pruning: f 95.00 % with 53.0% of the MACs" in notes
 
 
 def test_settings_that_keep_the_same_channels_count_once_among_the_best() -> None:

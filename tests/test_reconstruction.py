@@ -246,3 +246,17 @@ def test_half_precision_with_a_tiny_scale_behind() -> None:
     passes = [PruneChannels(ratio=0.5)]
     program = fxopt.optimize(Net().half().eval(), batches[0], passes, calibration=batches, on_failure="raise")
     assert all(item.isfinite().all() for item in program.module.state_dict().values())
+
+
+def test_patches_of_a_large_sample_are_looked_at_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    batches = data(3, 2, 12, 12)
+    original = captured(nn.Sequential(nn.Conv2d(2, 5, 3), nn.ReLU(), nn.Conv2d(5, 4, 3)), batches)
+    noisy = with_noise(original, {"_0": 0.2})
+    fitted = []
+    for chunk in (2**24, 2**9):
+        monkeypatch.setattr("fxopt.reconstruction._CHUNK", chunk)
+        program = noisy.copy()
+        reconstruct(program, original, ["_2"], whole)
+        fitted.append(program)
+    assert off(*fitted, batches) < 1e-9
+    assert off(original, fitted[0], batches) < 0.9 * off(original, noisy, batches)

@@ -22,7 +22,7 @@ from benchmarks.fashion_mnist import CHECKPOINT, FOLDER, images, trained
 from benchmarks.prune_accuracy import ours, peer
 from benchmarks.prune_accuracy.plot import check_matplotlib, save_plot
 from benchmarks.prune_accuracy.study import FXOPT, PEER, Network, Row, Setting, Study
-from benchmarks.prune_accuracy.table import accuracy_table, best, to_json, verdicts
+from benchmarks.prune_accuracy.table import accuracy_table, best, to_json, verdicts, within_budget
 from benchmarks.results import RESULTS, environment, write_json, write_text
 from fxopt.progress import progress
 
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--race", type=int, default=1000, help="test images that all settings are measured on")
     parser.add_argument("--finetune", choices=("all", "best", "none"), default="best", help="what to train")
     parser.add_argument(
-        "--trained", type=int, default=1, help="with --finetune best: how many of each side, besides the plain l2"
+        "--trained", type=int, default=2, help="with --finetune best: how many of each side, besides the plain l2"
     )
     parser.add_argument(
         "--quick", action="store_true", help="512 test images, 256 for calibration, no training, default options only"
@@ -102,7 +102,7 @@ def _at_budget(study: Study, settings: Sequence[Setting], budget: float, *, fine
         of_side = [*best(rows, side, _FINALISTS), *named]
         _each(of_side, study.measure_reestimated, f"{side} at {budget:.0%}: all test images")
         # again, since the order on all images is another
-        winners = best(of_side, side, trained)
+        winners = best(within_budget(of_side), side, trained)
         finals += [*winners, *named]
         chosen += [*winners, *_named(rows, side, _PLAIN[side])]
     _each(finals, study.measure_raw, f"raw at {budget:.0%}: all test images")

@@ -20,7 +20,7 @@ __all__ = ["DEFAULT", "PLAIN", "SCOPES", "fxopt_settings"]
 DEFAULT, PLAIN = "default, data", "l2, global"
 """What one gets for `PruneChannels(macs=m)` and calibration data; and the simplest that there is."""
 
-SCOPES = ("global", "isomorphic")
+SCOPES = ("global", "isomorphic", "layer")
 
 
 def fxopt_settings(study: Study) -> list[Setting]:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.prune_accuracy import ours, peer
-from benchmarks.prune_accuracy.study import FXOPT, PEER, RATE, Accuracy, Network, Row, Study
+from benchmarks.prune_accuracy.study import FXOPT, ORDERS, PEER, RATE, Accuracy, Network, Row, Study
 from benchmarks.results import Table, shorten
 
-__all__ = ["Verdict", "accuracy_table", "best", "budgets_of", "measured_fully", "to_json", "verdicts"]
+__all__ = ["Verdict", "accuracy_table", "best", "budgets_of", "measured_fully", "to_json", "verdicts", "within_budget"]
 
 LOSS_BAR = 0.5
 """fxopt's loss of accuracy without training over Torch-Pruning's, the best setting of each, at most."""
@@ -40,6 +41,11 @@ def measured_fully(rows: Sequence[Row], study: Study, budget: float) -> list[Row
     ]
 
 
+def within_budget(rows: Sequence[Row]) -> list[Row]:
+    """The rows with a network of no more MACs than the budget and a tolerance: what the bars are about."""
+    return [row for row in rows if row.network and row.network.macs <= row.budget * (1 + peer.TOLERANCE)]
+
+
 def budgets_of(rows: Sequence[Row]) -> list[float]:
     """The budgets that there are rows for, in their order."""
     return list(dict.fromkeys(row.budget for row in rows))
@@ -49,7 +55,7 @@ def verdicts(rows: Sequence[Row], study: Study) -> list[Verdict]:
     """The bars, as far as both sides have measurements for them."""
     found = []
     for budget in budgets_of(rows):
-        full = measured_fully(rows, study, budget)
+        full = within_budget(measured_fully(rows, study, budget))
         mine, theirs = best(full, FXOPT, 1), best(full, PEER, 1)
         if mine and theirs:
             losses = [study.accuracy - _of(row).reestimated.share for row in (*mine, *theirs)]
@@ -110,16 +116,20 @@ def _notes(rows: Sequence[Row], study: Study) -> list[str]:
         f"the unpruned network: {100 * study.accuracy:.2f} %",
         *(f"{'met' if verdict.met else 'MISSED'}: {verdict.text}" for verdict in verdicts(rows, study)),
         *_fares(rows, study),
+        *_over(rows, study),
         "best is best-of on both sides, picked by the accuracy on the test images that is reported: it flatters both. "
         f"fxopt has {_count(rows, FXOPT)} settings in this table, Torch-Pruning {_count(rows, PEER)}",
         f"test images (standard error of an accuracy): {whole}; with ~ the first {race}, a race of all settings "
         "that the best of each side and the defaults went on from; moved by what the unpruned network's is off there",
         "MACs: over the unpruned network's, counted by torch's flop counter; Torch-Pruning's ratio is bisected until "
-        f"they are the budget's; (!): no closer than {peer.TOLERANCE:.0%} can be had, and more MACs are left",
+        f"they are the budget's; (!): no closer than {peer.TOLERANCE:.0%} can be had. The bars are about networks of "
+        "the budget's MACs; what has more and is better than them is named above",
         f"re-estimated: fxopt's reestimate_batch_norm for both sides, on {len(study.calibration)} training images. "
         'Criteria that need data have the same, and with "data" fxopt fits to them the layers that read removed '
         "channels; classes are used by taylor, hessian and obdc alone",
-        f"fine-tuned: from there one epoch of SGD, one-cycle rate up to {RATE}, the same order of images for all",
+        f"fine-tuned: from there one epoch of SGD, one-cycle rate up to {RATE}; the mean over {ORDERS} orders of the "
+        "images, the same for all, between which the accuracies of a network have a standard deviation of "
+        f"{100 * _deviation(rows):.2f} points",
         "Torch-Pruning: BasePruner in one step, default options, the classifier left whole. Its group norms also with "
         "other reductions and normalisers: of those, the best for each norm and scope at the middle budget is a row. "
         "Its BNScale, GroupNorm and GrowingReg pruners take sparse training and are left out",
@@ -131,7 +141,7 @@ def _fares(rows: Sequence[Row], study: Study) -> list[str]:
     """How what fxopt does unasked compares with the best that Torch-Pruning has."""
     lines = []
     for budget in budgets_of(rows):
-        full = measured_fully(rows, study, budget)
+        full = within_budget(measured_fully(rows, study, budget))
         default = next((row for row in full if (row.setting.side, row.setting.name) == (FXOPT, ours.DEFAULT)), None)
         rival = best(full, PEER, 1)
         if default is not None and rival:
@@ -141,6 +151,33 @@ def _fares(rows: Sequence[Row], study: Study) -> list[str]:
                 f"loses {loss:.2f} points, Torch-Pruning's best {other:.2f}"
             )
     return lines
+
+
+def _over(rows: Sequence[Row], study: Study) -> list[str]:
+    """What beats the best of its side, with more MACs than the budget."""
+    lines = []
+    for budget in budgets_of(rows):
+        full = measured_fully(rows, study, budget)
+        inside = within_budget(full)
+        for row in full:
+            if row in inside:
+                continue
+            rivals = [_of(each) for each in inside if each.setting.side == row.setting.side]
+            for part, name in (("re-estimated", "reestimated"), ("fine-tuned", "finetuned")):
+                mine, *others = (getattr(network, name) for network in (_of(row), *rivals))
+                if mine is not None and all(other is None or other.share < mine.share for other in others):
+                    lines.append(
+                        f"{budget:.0%}, {part}, over the budget: {row.setting} {100 * mine.share:.2f} % with "
+                        f"{_of(row).macs:.1%} of the MACs"
+                    )
+    return lines
+
+
+def _deviation(rows: Sequence[Row]) -> float:
+    """The standard deviation of accuracies after training from the same network, over all that were trained."""
+    trained = {id(row.network): row.network.trainings for row in rows if row.network and len(row.network.trainings) > 1}
+    variances = [statistics.variance(each.share for each in runs) for runs in trained.values()]
+    return statistics.fmean(variances) ** 0.5 if variances else 0.0
 
 
 def _cells(row: Row, study: Study) -> list[str]:

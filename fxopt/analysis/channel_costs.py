@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Collection, Iterable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxopt.analysis.channels import Channels, member_tensor
 from fxopt.analysis.costs import macs_by_node
@@ -32,15 +32,20 @@ class _Term(NamedTuple):
 class ChannelCosts:
     """Cost as a function of the units that are kept.
 
+    Args:
+        program: whose cost.
+        channels: its channels.
+        gaining: names of calls of layers that will get a bias.
+
     Attributes:
         units: all units, in increasing order; masks are over these.
     """
 
-    def __init__(self, program: Program, channels: Channels) -> None:
+    def __init__(self, program: Program, channels: Channels, gaining: Collection[str] = ()) -> None:
         free = {unit for group in channels.groups if group.locked is None for unit in group.units}
         self.units = np.array(sorted(free), dtype=np.int64)
         self._macs = list(_macs(program, channels))
-        self._params = list(_params(program, channels))
+        self._params = [*_params(program, channels), *_biases(program, channels, gaining)]
         self._whole = program.cost()
 
     def mask(self, removed: Iterable[int]) -> np.ndarray:
@@ -111,3 +116,16 @@ def _params(program: Program, channels: Channels) -> Iterable[_Term]:
             axes.setdefault(id(tensor), {})[item.axis] = item.labels.numpy()
     for key, parameter in tensors.items():
         yield _Term(parameter.numel(), tuple(axes.get(key, {}).values()))
+
+
+def _biases(program: Program, channels: Channels, layers: Collection[str]) -> Iterable[_Term]:
+    """As many parameters as each of these layers has outputs."""
+    outputs = {
+        item.node: item.labels.numpy()
+        for item in channels.members
+        if item.name == "weight" and item.node in layers and channels.produces(program, item)
+    }
+    for name in layers:
+        layer: Any = program.module_of(program.node(name))
+        count = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+        yield _Term(count, (outputs[name],) if name in outputs else ())

@@ -33,6 +33,7 @@ from fxopt.analysis.liveness import unused_after, windows
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored
+from fxopt.stepwise import StepwiseRun
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -107,28 +108,15 @@ def _run(
     program: Program, window: Sequence[tuple[Tensor, ...]], norms: Mapping[fx.Node, _BatchNorm]
 ) -> Iterator[tuple[str, Moments]]:
     """Runs all batches, operator by operator, up to the last of the norms; the moments of each as they are found."""
-    interpreter = fx.Interpreter(program.module, graph=program.graph)
-    placeholders = program.graph.find_nodes(op="placeholder")
-    batches = [dict(zip(placeholders, (item.detach().clone() for item in inputs), strict=True)) for inputs in window]
     unused = unused_after(program)
-    waiting = len(norms)
-    for node in program.nodes:
-        if node in norms:
-            source = cast(fx.Node, program.call(node).arguments["input"])
-            moments = reduce(Moments.joined, [Moments.of(values[source]) for values in batches])
-            for values in batches:
-                values[node] = _normalized(values[source], norms[node], moments)
-            yield node.name, moments
-            waiting -= 1
-            if not waiting:
-                return
-        elif node.op != "placeholder":
-            for values in batches:
-                interpreter.env = values
-                values[node] = interpreter.run_node(node)
-        for over in unused[node]:
-            for values in batches:
-                del values[over]
+    runs = [StepwiseRun(program, unused, inputs) for inputs in window]
+    for node, norm in norms.items():
+        for run in runs:
+            run.before(node.name)
+        moments = reduce(Moments.joined, [Moments.of(run.argument(node.name)) for run in runs])
+        yield node.name, moments
+        for run in runs:
+            run.give(_normalized(run.argument(node.name), norm, moments))
 
 
 def _normalized(value: Tensor, norm: _BatchNorm, moments: Moments) -> Tensor:

@@ -45,10 +45,9 @@ class PatchLayer:
         return weight.reshape(self.groups, -1, self.length).transpose(1, 2)
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Of the layer's weight."""
-        found: torch.dtype = self._layer.weight.dtype
-        return found
+    def bias(self) -> Tensor | float:
+        """The bias in float64, [outputs]; 0 without one."""
+        return 0.0 if self._layer.bias is None else self._layer.bias.detach().double()
 
     def as_weight(self, matrix: Tensor) -> Tensor:
         """The layer's weight for such a matrix, in its own shape and data type."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, fx
 
 from fxopt.analysis.channels import Channels
+from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.destinations import destination
 
 if TYPE_CHECKING:
@@ -51,8 +52,8 @@ class Reader(NamedTuple):
 
 
 def readers(program: Program, channels: Channels) -> Iterator[Reader]:
-    """The convolutions and linear layers that mix all their input channels, and are called at one place only."""
-    calls = Counter(id(program.module_of(node)) for node in program.graph.nodes if node.op == "call_module")
+    """The convolutions and linear layers that mix all their input channels, and whose weight nothing else uses."""
+    uses = Counter(id(tensor) for node in program.nodes for tensor in held_tensors(program, node))
     for item in channels.members:
         if item.name != "weight" or item.axis is None:
             continue
@@ -60,5 +61,5 @@ def readers(program: Program, channels: Channels) -> Iterator[Reader]:
         call = program.call(node)
         layer: Any = call.module
         mixes = call.op == "linear" or (call.op.startswith("conv") and layer.groups == 1)
-        if mixes and not channels.produces(program, item) and calls[id(layer)] == 1:
+        if mixes and not channels.produces(program, item) and uses[id(layer.weight)] == 1:
             yield Reader(node, item.axis, item.labels)

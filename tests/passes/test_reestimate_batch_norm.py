@@ -139,21 +139,6 @@ def test_windows_that_fit_into_memory_are_pooled(monkeypatch: pytest.MonkeyPatch
         torch.testing.assert_close(norm.running_var, values.var((0, 2)))
 
 
-def test_values_are_dropped_once_they_are_not_needed(monkeypatch: pytest.MonkeyPatch) -> None:
-    alive: list[int] = []
-
-    class Values(dict[fx.Node, Any]):
-        def __setitem__(self, node: fx.Node, value: Any) -> None:
-            super().__setitem__(node, value)
-            alive.append(len(self))
-
-    monkeypatch.setattr(norm_inputs, "dict", Values, raising=False)
-    data = batches(4, shape=(3, 6, 6))
-    model = nn.Sequential(*(layer for _ in range(5) for layer in (nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU())))
-    assert len(norm_inputs.norm_inputs(capture(model.double().eval(), data[0], calibration=data))) == 5
-    assert alive == [2] * 14  # the input of an operator and its output; what is behind the last BatchNorm is not run
-
-
 class Shared(nn.Module):
     """One BatchNorm at two places that see different values."""
 
