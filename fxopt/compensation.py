@@ -10,7 +10,7 @@ thousandth of the mean variance of the kept channels, or more where few samples 
 same at every place of the kernel, and what they pad is not looked at. Without covariance, A = 0: the bias takes over
 the mean of the removed channels, from the calibration data or, without any, as the BatchNorm in front tells it
 (`fxopt/analysis/norm_outputs.py`). What is added to a bias that a layer does not have goes into the BatchNorm behind it
-if it can (`fxopt/biases.py`).
+if it can (`fxopt/absorption.py`).
 
 Layers that are called at several places, and grouped convolutions, are left as they are. `fxopt/reconstruction.py` goes
 on from there, with all layers and what they read once everything is removed.
@@ -27,13 +27,13 @@ import torch
 from torch import Tensor, fx
 
 from fxopt import edit
+from fxopt.absorption import add_offset
 from fxopt.analysis.channels import Channels
 from fxopt.analysis.labels import Labels
 from fxopt.analysis.norm_outputs import expected
 from fxopt.analysis.readers import readers
 from fxopt.analysis.removal_errors import ridge
 from fxopt.analysis.statistics import Statistics
-from fxopt.biases import add_offset
 
 if TYPE_CHECKING:
     from fxopt.program import Program

@@ -7,6 +7,8 @@ original. So a layer also makes up for what those before it could not. Where its
 BatchNorm in evaluation mode, and then goes into nothing but a sum, the fit is to what gives the original's sum beside
 the other operands as they are now.
 
+Weights in front of a BatchNorm keep their size, which does not matter until they are trained.
+
 As many batches are used as fit in memory, the first ones. Left as they are: layers that are called at several places,
 transposed convolutions, patches of more than 4608 values.
 
@@ -26,12 +28,12 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxopt import edit
+from fxopt.absorption import absorbing_norm, add_offset, rescale
 from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.destinations import Destination, destination
 from fxopt.analysis.liveness import unused_after, windows
 from fxopt.analysis.patches import PatchLayer
 from fxopt.analysis.shapes import shapes
-from fxopt.biases import absorbing_norm, add_offset
 from fxopt.errors import InputError
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
@@ -123,6 +125,7 @@ def reconstruct(program: Program, original: Program, layers: Iterable[str], left
                 after.before(name)
             seen = [_Seen.of(name, *runs, goals[name], left_of) for runs in pairs]
             _fit(program, name, seen, _absorbed(program, original, name, left_of))
+            _keep_size(program, original, name, left_of)
             advance(1)
 
 
@@ -193,6 +196,23 @@ def _fit(program: Program, name: str, batches: Sequence[_Seen], absorbed: Tensor
     _log.debug("%s: %.3g of the variance is left, %.3g before", name, left, before)
     edit.set_tensor(program, node, "weight", layer.as_weight(weight))
     add_offset(program, node, bias.reshape(-1) - layer.bias - absorbed)
+
+
+def _keep_size(program: Program, original: Program, name: str, left_of: Slicer) -> None:
+    """Scales the weights of a layer in front of a BatchNorm to the root mean square that they have in the original.
+
+    Fitted weights are larger, and would train more slowly for it.
+    """
+    node = program.node(name)
+    norm = absorbing_norm(program, node)
+    if norm is None or cast("Any", program.module_of(norm)).weight is None:
+        return
+    before, now = (
+        cast("Any", each.module_of(each.node(name))).weight.detach().double().flatten(1).square().mean(1).sqrt()
+        for each in (original, program)
+    )
+    factors = left_of(norm.name, before.unsqueeze(0)).squeeze(0) / now
+    rescale(program, node, norm, torch.where(factors.isfinite() & (factors > 0), factors, 1.0))
 
 
 def _together(value: Tensor, target: Tensor, picks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

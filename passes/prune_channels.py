@@ -25,6 +25,7 @@ from typing import Any, ClassVar, NamedTuple, cast, get_args
 import torch
 from torch import Tensor
 
+from fxopt.absorption import absorbing_norm
 from fxopt.analysis.allotment import Allotment, Candidate, Scope
 from fxopt.analysis.channel_costs import ChannelCosts, Measure
 from fxopt.analysis.channel_scope import Attention
@@ -35,7 +36,6 @@ from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.norm_outputs import expected
 from fxopt.analysis.readers import readers
 from fxopt.analysis.statistics import carry, collect
-from fxopt.biases import absorbing_norm
 from fxopt.compensation import compensate, kept_statistics
 from fxopt.errors import PassError
 from fxopt.passes_base import Pass, Rewrite, Skip

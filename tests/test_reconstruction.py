@@ -260,3 +260,26 @@ def test_patches_of_a_large_sample_are_looked_at_in_parts(monkeypatch: pytest.Mo
         fitted.append(program)
     assert off(*fitted, batches) < 1e-9
     assert off(original, fitted[0], batches) < 0.9 * off(original, noisy, batches)
+
+
+def test_weights_in_front_of_a_batch_norm_keep_their_size_and_others_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(2, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3, bias=False)]
+    model = nn.Sequential(*layers, nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 3, 1, bias=False))
+    batches = data(8, 2, 12, 12)
+    for x in batches:
+        model.double()(x)
+    original = captured(model, batches)
+    pruned = PassManager([PruneChannels(ratio=0.5)]).run(original)
+
+    def size(program: Program, layer: str) -> Tensor:
+        weight: Tensor = program.module.get_parameter(f"{layer}.weight")
+        return weight.detach().flatten(1).square().mean(1).sqrt()
+
+    before = size(original, "3")
+    assert all(torch.isclose(before, each).any() for each in size(pruned, "3"))
+    assert not torch.allclose(size(pruned, "6"), size(original, "6"), rtol=0.01)
+    monkeypatch.setattr("fxopt.reconstruction._keep_size", lambda *_: None)
+    unscaled = PassManager([PruneChannels(ratio=0.5)]).run(original)
+    assert not torch.allclose(size(unscaled, "3"), size(pruned, "3"), rtol=0.01)
+    assert off(unscaled, pruned, batches) < 1e-9
