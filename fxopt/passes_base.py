@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["Pass", "Rewrite", "Skip"]
+__all__ = ["Pass", "Rewrite", "Skip", "listed"]
+
+_SHOWN = 4  # names in a decision's text
 
 
 class Rewrite(NamedTuple):
@@ -85,6 +87,12 @@ class Pass(ABC):
         from fxopt.spec import spec_string
 
         return spec_string(self)
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many more there are, for the text of a decision."""
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
 
 
 @dataclass(frozen=True)

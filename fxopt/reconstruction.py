@@ -19,10 +19,9 @@ References: ThiNet (arXiv:1707.06342) for the patches; Zhang et al. (arXiv:1505.
 from __future__ import annotations
 
 import logging
-import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -33,8 +32,10 @@ from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.destinations import Destination, destination
 from fxopt.analysis.liveness import unused_after, windows
 from fxopt.analysis.patches import PatchLayer
+from fxopt.analysis.samples import Seen, samples, wide
 from fxopt.analysis.shapes import shapes
 from fxopt.errors import InputError
+from fxopt.passes_base import Rewrite, Skip, listed
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
 from fxopt.regression import Regression
@@ -44,7 +45,7 @@ from fxopt.stepwise import StepwiseRun
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["Slicer", "layers_behind", "reconstruct"]
+__all__ = ["Slicer", "layers_behind", "plan_fit", "reconstruct"]
 
 _log = logging.getLogger(__name__)
 
@@ -53,10 +54,7 @@ Slicer = Callable[[str, Tensor], Tensor]
 
 _LONGEST = 4608  # values of a patch: 512 channels under 3 x 3; the sums then take 340 MiB
 _MEMORY = 2**30  # bytes of the original's activations; those of the rewritten program come on top
-_MULTIPLIES = 2e11  # of a layer's sums: a few seconds
-_ROWS_PER_VALUE = 16  # rows that are used in any case, per value of a patch
 _LEAST_SCALE = 1e-3  # of the largest of a layer's channels
-_CHUNK = 2**24  # numbers of patches that are held at a time
 
 
 def layers_behind(program: Program, nodes: Collection[fx.Node]) -> Iterator[tuple[fx.Node, str | None]]:
@@ -73,6 +71,37 @@ def layers_behind(program: Program, nodes: Collection[fx.Node]) -> Iterator[tupl
             call = program.call(node)
             if call.op == "linear" or call.op.startswith("conv"):
                 yield node, _reason_not_to_fit(program, node, call.module, uses)
+
+
+def plan_fit(
+    program: Program, changed: Collection[fx.Node], rewritten: Collection[fx.Node] = ()
+) -> Iterator[Rewrite | Skip]:
+    """The rewrite that fits the layers which see other values than before, and why some of them are not fitted.
+
+    Args:
+        program: with calibration data, as it is before.
+        changed: the nodes that will give other values.
+        rewritten: layers that will be others, and are fitted too.
+    """
+    first = program.nodes[0].name
+    if program.training:
+        yield Skip(first, "no layer is fitted to the data, as values are random in training mode")
+        return
+    if isinstance(program.calibration, Iterator):
+        yield Skip(first, "no layer is fitted to the data: an iterator can be read once; pass a list")
+        return
+    layers = [node.name for node in rewritten]
+    for node, reason in layers_behind(program, changed):
+        if node in rewritten:
+            continue
+        if reason is None:
+            layers.append(node.name)
+        else:
+            yield Skip(node.name, f"is not fitted to the data: {reason}")
+    if layers:
+        order = {node.name: place for place, node in enumerate(program.nodes)}
+        layers.sort(key=order.__getitem__)
+        yield Rewrite(layers[0], f"fit {len(layers)} layers to what they gave: {listed(layers)}", {"fit": layers})
 
 
 def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any, uses: Mapping[int, int]) -> str | None:
@@ -123,30 +152,19 @@ def reconstruct(program: Program, original: Program, layers: Iterable[str], left
             for before, after in pairs:
                 before.through(name)
                 after.before(name)
-            seen = [_Seen.of(name, *runs, goals[name], left_of) for runs in pairs]
+            seen = [_seen(name, *runs, goals[name], left_of) for runs in pairs]
             _fit(program, name, seen, _absorbed(program, original, name, left_of))
             _keep_size(program, original, name, left_of)
             advance(1)
 
 
-class _Seen(NamedTuple):
-    """What there is of one batch at a layer.
-
-    Attributes:
-        value: what it reads.
-        target: what it is to give.
-    """
-
-    value: Tensor
-    target: Tensor
-
-    @classmethod
-    def of(cls, name: str, before: StepwiseRun, after: StepwiseRun, goal: Destination, left_of: Slicer) -> _Seen:
-        target = _float(left_of(name, before.values[name]))
-        for other, factor in goal.others:
-            off = _float(left_of(other, before.values[other])) - _float(after.values[other])
-            target = target + off * (factor * _inverse(goal.scale)).to(off)
-        return cls(after.argument(name), target)
+def _seen(name: str, before: StepwiseRun, after: StepwiseRun, goal: Destination, left_of: Slicer) -> Seen:
+    """What a layer reads in the rewritten program, and what it is to give."""
+    target = wide(left_of(name, before.values[name]))
+    for other, factor in goal.others:
+        off = wide(left_of(other, before.values[other])) - wide(after.values[other])
+        target = target + off * (factor * _inverse(goal.scale)).to(off)
+    return Seen(after.argument(name), target)
 
 
 def _goal(program: Program, name: str, order: Mapping[str, int]) -> Destination:
@@ -170,26 +188,13 @@ def _absorbed(program: Program, original: Program, name: str, left_of: Slicer) -
     return left.double() - cast("Tensor", now).double()
 
 
-def _fit(program: Program, name: str, batches: Sequence[_Seen], absorbed: Tensor | float) -> None:
+def _fit(program: Program, name: str, batches: Sequence[Seen], absorbed: Tensor | float) -> None:
     """Fits one layer to what there is of all batches, which is what it gives together with what is absorbed."""
     node = program.node(name)
     layer = PatchLayer(cast("nn.Module", program.module_of(node)))
     regression = Regression(layer.weight)
-    rows = sum(len(seen.value) * layer.positions(seen.target) for seen in batches)
-    wanted = max(_ROWS_PER_VALUE * layer.length, _MULTIPLIES / (layer.groups * layer.length**2))
-    share = min(1.0, wanted / max(rows, 1))
-    generator = torch.Generator().manual_seed(0)
-    for batch, (value, target) in enumerate(batches):
-        # batches may differ in size, and so may the positions of their samples
-        positions = layer.positions(target)
-        each = math.ceil(positions * share)
-        picks = torch.arange(positions) if each == positions else torch.randperm(positions, generator=generator)[:each]
-        picks = picks.to(value.device)
-        # of neighbouring rows one half may have what the other has, if they are tokens of one sample
-        middle = (len(value) + batch % 2) // 2
-        for half, mine in enumerate((slice(middle), slice(middle, None))):
-            for part, wished, places in _together(value[mine], target[mine], picks, layer.groups * layer.length):
-                regression.add(half, _float(layer.patches(part, wished, places)), _float(layer.rows(wished, places)))
+    for half, inputs, outputs in samples(layer, batches):
+        regression.add(half, inputs, outputs)
     weight, bias, left, before = regression.solve()
     if not (weight.isfinite().all() and bias.isfinite().all()):
         raise InputError(f"what {name} reads or gives is not finite on the calibration data")
@@ -213,15 +218,3 @@ def _keep_size(program: Program, original: Program, name: str, left_of: Slicer) 
     )
     factors = left_of(norm.name, before.unsqueeze(0)).squeeze(0) / now
     rescale(program, node, norm, torch.where(factors.isfinite() & (factors > 0), factors, 1.0))
-
-
-def _together(value: Tensor, target: Tensor, picks: Tensor, length: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Some samples and positions at a time, of patches of that length."""
-    at_once = max(1, _CHUNK // max(1, len(picks) * length))
-    for places in torch.split(picks, max(1, _CHUNK // length)):
-        for start in range(0, len(value), at_once):
-            yield value[start : start + at_once], target[start : start + at_once], places
-
-
-def _float(rows: Tensor) -> Tensor:
-    return rows if rows.dtype.itemsize >= torch.float32.itemsize else rows.float()

@@ -23,7 +23,7 @@ from fnmatch import fnmatch
 from typing import Any, ClassVar, NamedTuple, cast, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxopt.absorption import absorbing_norm
 from fxopt.analysis.allotment import Allotment, Candidate, Scope
@@ -38,14 +38,12 @@ from fxopt.analysis.readers import readers
 from fxopt.analysis.statistics import carry, collect
 from fxopt.compensation import compensate, kept_statistics
 from fxopt.errors import PassError
-from fxopt.passes_base import Pass, Rewrite, Skip
+from fxopt.passes_base import Pass, Rewrite, Skip, listed
 from fxopt.program import Program
-from fxopt.reconstruction import Slicer, layers_behind, reconstruct
+from fxopt.reconstruction import Slicer, plan_fit, reconstruct
 from fxopt.removal import remove_channels
 
 __all__ = ["PruneChannels"]
-
-_SHOWN = 4  # members that a decision's text names
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,11 +128,11 @@ class PruneChannels(Pass):
             members = _members(program, channels, group)
             yield Rewrite(
                 group.node,
-                f"keep {len(kept)} of {len(group)} channels of {group.name}, in {_listed(members[1:])}",
+                f"keep {len(kept)} of {len(group)} channels of {group.name}, in {listed(members[1:])}",
                 {"group": group.name, "size": len(group), "kept": kept, "members": members},
             )
         if gone and self._fits(program):
-            yield from _plan_fit(program, channels, gone)
+            yield from plan_fit(program, _changed(program, channels, gone))
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
         """Removes the channels of one group from all tensors that hold them; or fits layers, once all are removed."""
@@ -277,28 +275,14 @@ def _whole(_: Program) -> _Whole | None:
     return None
 
 
-def _plan_fit(program: Program, channels: Channels, gone: Sequence[int]) -> Iterator[Rewrite | Skip]:
-    """Which layers are to be fitted once these units are gone: those that see other values than before."""
-    if program.training:
-        yield Skip(program.nodes[0].name, "no layer is fitted to the data, as values are random in training mode")
-        return
-    if isinstance(program.calibration, Iterator):
-        yield Skip(program.nodes[0].name, "no layer is fitted to the data: an iterator can be read once; pass a list")
-        return
+def _changed(program: Program, channels: Channels, gone: Sequence[int]) -> set[fx.Node]:
+    """The nodes whose values lose some of these units."""
     units = torch.tensor(sorted(gone))
-    cut = {
+    return {
         node
         for node in program.nodes
         if any(torch.isin(labels.compact, units).any() for labels in labels_in(channels.values[node.name]))
     }
-    layers = []
-    for node, reason in layers_behind(program, cut):
-        if reason is None:
-            layers.append(node.name)
-        else:
-            yield Skip(node.name, f"is not fitted to the data: {reason}")
-    if layers:
-        yield Rewrite(layers[0], f"fit {len(layers)} layers to what they gave: {_listed(layers)}", {"fit": layers})
 
 
 def _members(program: Program, channels: Channels, group: ChannelGroup) -> list[str]:
@@ -309,12 +293,6 @@ def _members(program: Program, channels: Channels, group: ChannelGroup) -> list[
         if item.axis is not None and member_tensor(program, item) is not None:
             found.append(".".join(filter(None, [str(program.node(item.node).target), item.name])) + f"[{item.axis}]")
     return list(dict.fromkeys(found))
-
-
-def _listed(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
 
 
 def _layers(program: Program, channels: Channels, group: ChannelGroup) -> list[str]:

@@ -66,6 +66,7 @@ def test_public_names() -> None:
     assert sorted(importlib.import_module("fxopt.testing").__all__) == TESTING
     assert sorted(importlib.import_module("fxopt.passes").__all__) == [
         "DEFAULT",
+        "FactorizeLowRank",
         "FoldBatchNorm",
         "MergeBranches",
         "PruneChannels",

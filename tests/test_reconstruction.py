@@ -254,7 +254,7 @@ def test_patches_of_a_large_sample_are_looked_at_in_parts(monkeypatch: pytest.Mo
     noisy = with_noise(original, {"_0": 0.2})
     fitted = []
     for chunk in (2**24, 2**9):
-        monkeypatch.setattr("fxopt.reconstruction._CHUNK", chunk)
+        monkeypatch.setattr("fxopt.analysis.samples._CHUNK", chunk)
         program = noisy.copy()
         reconstruct(program, original, ["_2"], whole)
         fitted.append(program)

@@ -1,0 +1,303 @@
+"""Writes layers as two or three narrower ones in a row: low-rank factorization.
+
+Linear layers and convolutions become a layer with few outputs and one that makes the outputs from these; see
+`fxopt/low_rank.py` for the forms, and how the subspaces between are chosen. With calibration data those lose the least
+of what the outputs are on the data (`whiten`), and in the end the new layers and all behind them are fitted to what
+was there before (`fit`, `fxopt/reconstruction.py`). The error of a layer is the share of the variance of its outputs
+that is lost, each output counted as what is behind makes of it.
+
+How narrow: a rank for all layers (`rank`), a share of each layer's MACs (`ratio`) or of its outputs' variance
+(`energy`), or a budget of MACs for the whole program (`macs`), which goes where it saves the most error.
+
+Refused, with the reason: layers that no rank makes cheaper, that are ignored, called at several places, tied, or not
+modules. Factorize before BatchNorms are folded, run `reestimate_batch_norm` behind.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxopt import edit
+from fxopt.absorption import add_offset
+from fxopt.analysis.constants import held_tensors
+from fxopt.analysis.costs import macs_by_node
+from fxopt.analysis.destinations import destination
+from fxopt.analysis.layer_moments import layer_moments
+from fxopt.analysis.measurements import keep, measured
+from fxopt.analysis.patches import PatchLayer
+from fxopt.analysis.shapes import shapes
+from fxopt.analysis.tradeoff import Option, choose
+from fxopt.errors import InputError, PassError
+from fxopt.low_rank import Form, Grid, LowRank, Method, Sizes, methods_for
+from fxopt.passes_base import Pass, Rewrite, Skip
+from fxopt.progress import progress
+from fxopt.reconstruction import plan_fit, reconstruct
+
+if TYPE_CHECKING:
+    from fxopt.program import Program
+
+__all__ = ["FactorizeLowRank"]
+
+_KINDS = ("linear", "conv1d", "conv2d", "conv3d")
+_LONGEST = 4608  # values of a patch, whose covariance is looked at
+
+
+@dataclass(frozen=True, kw_only=True)
+class FactorizeLowRank(Pass):
+    """Factorizes linear layers and convolutions. Give one of `rank`, `ratio`, `energy` and `macs`.
+
+    Attributes:
+        rank: channels between the new layers, per group of a convolution.
+        ratio: share of each layer's MACs to keep, at most.
+        energy: share of the variance of each layer's outputs to keep, at least.
+        macs: share of the program's MACs to keep, at most.
+        method: "svd" (a kernel to few channels, then 1 x 1), "spatial" (k x 1, then 1 x k) or "tucker" (1 x 1, k x k,
+            1 x 1) where a layer has that form; "auto" takes what loses the least. Linear layers have "svd".
+        whiten: with calibration data, keep what the outputs are on these; else the plain SVD of the weights.
+        fit: with calibration data, fit the layers to what they gave before.
+        round_to: ranks are multiples of this; 8 suits most kernels. `rank` is taken as it is.
+        ignore: patterns of layer paths, "head.*", that are left alone.
+    """
+
+    name: ClassVar[str] = "factorize_low_rank"
+
+    rank: int | None = None
+    ratio: float | None = None
+    energy: float | None = None
+    macs: float | None = None
+    method: Method | Literal["auto"] = "auto"
+    whiten: bool = True
+    fit: bool = True
+    round_to: int = 8
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        given = [name for name in ("rank", "ratio", "energy", "macs") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(f"give one of rank, ratio, energy and macs, not {' and '.join(given) or 'none'}")
+        for name in ("ratio", "energy", "macs"):
+            share = getattr(self, name)
+            if share is not None and (not isinstance(share, int | float) or not 0 < share < 1):
+                raise ValueError(f"{name} must be a share between 0 and 1, not {share!r}")
+        for name in ("rank", "round_to"):
+            number = getattr(self, name)
+            if number is not None and (type(number) is not int or number < 1):
+                raise ValueError(f"{name} must be an integer of at least 1, not {number!r}")
+        if self.method not in ("auto", *get_args(Method)):
+            raise ValueError(f"method must be 'auto', 'svd', 'spatial' or 'tucker', not {self.method!r}")
+        ignored: object = self.ignore
+        if isinstance(ignored, str):
+            raise ValueError(f"ignore must be a tuple of patterns: write ({self.ignore!r},) for this one alone")
+
+    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
+        """One decision per layer."""
+        uses = Counter(id(tensor) for node in program.nodes for tensor in held_tensors(program, node))
+        layers: list[fx.Node] = []
+        for node in program.nodes:
+            if program.op(node) in _KINDS:
+                reason = self._reason_to_leave(program, node, uses)
+                if reason is None:
+                    layers.append(node)
+                else:
+                    yield Skip(node.name, reason)
+        found = self._low_rank(program, [node.name for node in layers])
+        changed = []
+        for node, form in zip(layers, self._chosen(program, [found[node.name] for node in layers]), strict=True):
+            if isinstance(form, str):
+                yield Skip(node.name, form)
+                continue
+            changed.append(node)
+            ranks = " and ".join(map(str, form.ranks))
+            share = form.macs / found[node.name].macs
+            yield Rewrite(
+                node.name,
+                f"{form.method} of {node.target} through {ranks} channels: {share:.0%} of its MACs, "
+                f"loses {form.error:.2%} of its outputs",
+                {"method": form.method, "ranks": list(form.ranks)},
+            )
+        if changed and self.fit and program.calibration is not None:
+            yield from plan_fit(program, changed, changed)
+
+    def apply(self, program: Program, rewrite: Rewrite) -> None:
+        """Factorizes one layer; or fits layers, once all are factorized."""
+        original = measured(program, _original) or program.copy()
+        if "fit" in rewrite.params:
+            reconstruct(program, original, rewrite.params["fit"], lambda _, value: value)
+            return
+        node = program.node(rewrite.node)
+        method, ranks = rewrite.params["method"], tuple(rewrite.params["ranks"])
+        layer: Any = program.module_of(node)
+        if program.op(node) not in _KINDS or layer is None or method not in methods_for(layer):
+            raise PassError(f"{rewrite.node} has no {method} form", pass_name=self.name, node=rewrite.node)
+        found = self._low_rank(original, [rewrite.node])
+        factors = found[rewrite.node].factors(method, ranks)
+        modules = [_make(layer, weight, place, method) for place, weight in enumerate(factors.weights)]
+        last = modules[-1]
+        if layer.bias is not None:
+            last.bias = nn.Parameter(layer.bias.detach(), layer.bias.requires_grad)
+        source = cast("fx.Node", program.call(node).arguments["input"])
+        for name, module in zip(("reduce", "core"), modules[:-1], strict=False):
+            source = edit.insert_before(program, node, module, (source,), name=f"{node.target}_{name}")
+        node = edit.replace(program, node, last, (source,))
+        add_offset(program, node, factors.offset)
+        keep(program, _original, cast("Program | None", original))
+
+    def _reason_to_leave(self, program: Program, node: fx.Node, uses: Counter[int]) -> str | None:
+        """Why a layer is left alone, whatever its forms; None if it is not."""
+        layer: Any = program.module_of(node)
+        if layer is None:
+            return "it is a function, not a module"
+        if any(fnmatch(str(node.target), pattern) for pattern in self.ignore):
+            return "ignored"
+        places = len(program.callers(node))
+        if places > 1:
+            return f"it is called at {places} places"
+        if uses[id(layer.weight)] > 1:
+            return "its weight is tied to another layer's"
+        if self.method != "auto" and self.method not in methods_for(layer):
+            return f"it has no {self.method} form"
+        if len(program.analysis(shapes)[node.name].shape) < (2 if program.op(node) == "linear" else layer.weight.ndim):
+            return "what it reads has no batch axis"
+        return None
+
+    def _chosen(self, program: Program, layers: Sequence[LowRank]) -> Iterator[Form | str]:
+        """The form of each layer, or why it has none."""
+        if self.macs is not None:
+            yield from self._within_budget(program, layers)
+            return
+        for layer in layers:
+            if not layer.forms:
+                yield self._no_gain
+            elif self.energy is not None:
+                good = [form for form in layer.forms if 1 - form.error >= self.energy]
+                least = min(good, key=lambda form: (form.macs, form.error), default=None)
+                yield least or f"no form that keeps {self.energy:.0%} of its outputs saves MACs"
+            else:
+                limit = layer.macs * (1.0 if self.ratio is None else self.ratio)
+                small = [form for form in layer.forms if form.macs <= limit]
+                best = min(small, key=lambda form: (form.error, form.macs), default=None)
+                yield best or f"no form takes {self.ratio:.0%} of its MACs or less"
+
+    @property
+    def _no_gain(self) -> str:
+        """Why a layer without forms is left alone."""
+        if self.rank is not None:
+            return f"rank {self.rank} saves no MACs"
+        return f"no rank that is a multiple of {self.round_to} saves MACs"
+
+    def _within_budget(self, program: Program, layers: Sequence[LowRank]) -> Iterator[Form | str]:
+        whole = sum(program.analysis(macs_by_node).values())
+        rest = whole - sum(layer.macs for layer in layers)
+        things = [
+            [Option(layer.macs, 0.0), *(Option(form.macs, form.error) for form in layer.forms)] for layer in layers
+        ]
+        budget = cast("float", self.macs) * whole - rest
+        least = sum(min(option.cost for option in options) for options in things)
+        if least > budget:
+            raise InputError(
+                f"macs of {self.macs:g} cannot be reached: with the narrowest form of every layer "
+                f"{(least + rest) / whole:.0%} are left. fxopt.explain shows what is left alone, and why; "
+                "a smaller round_to gives narrower forms."
+            )
+        for layer, place in zip(layers, choose(things, budget), strict=True):
+            if not layer.forms:
+                yield self._no_gain
+            else:
+                yield layer.forms[place - 1] if place else "the budget is met without it"
+
+    def _low_rank(self, program: Program, layers: Sequence[str]) -> dict[str, LowRank]:
+        """The forms of layers, which are kept with the program."""
+        known = dict(measured(program, _forms))
+        key = self.method, self.whiten, self.round_to, self.rank
+        missing = [name for name in layers if (name, key) not in known]
+        if missing:
+            methods = {name: self._methods(program, name) for name in missing}
+            for name, moments in self._moments(program, missing, methods):
+                node = program.node(name)
+                layer = cast("nn.Module", program.module_of(node))
+                grid = Grid(methods[name], self.round_to, self.rank)
+                known[name, key] = LowRank(layer, _scale(program, node, layer), _sizes(program, node), grid, moments)
+            keep(program, _forms, known)
+        return {name: known[name, key] for name in layers}
+
+    def _moments(self, program: Program, layers: Sequence[str], methods: dict[str, tuple[Method, ...]]) -> Any:
+        if not self.whiten or program.calibration is None:
+            yield from ((name, None) for name in layers)
+            return
+        with progress("measuring layers", len(layers), "layers") as advance:
+            for found in layer_moments(program, layers, lambda layer: layer.length <= _LONGEST):
+                yield found
+                advance(1)
+
+    def _methods(self, program: Program, name: str) -> tuple[Method, ...]:
+        layer = cast("nn.Module", program.module_of(program.node(name)))
+        able = methods_for(layer) if self.method == "auto" else (self.method,)
+        seen = self.whiten and program.calibration is not None
+        if seen and PatchLayer(layer).length > _LONGEST:
+            return ("svd",)
+        return able
+
+
+def _original(_: Program) -> Program | None:
+    """The program before anything was factorized: none, unless one is kept under this name."""
+    return None
+
+
+def _forms(_: Program) -> dict[Any, LowRank]:
+    """What was found out so far."""
+    return {}
+
+
+def _sizes(program: Program, node: fx.Node) -> Sizes:
+    known = program.analysis(shapes)
+    before = known[cast("fx.Node", program.call(node).arguments["input"]).name].shape
+    after = known[node.name].shape
+    if program.op(node) == "linear":
+        return Sizes(before[:-1], after[:-1])
+    return Sizes((before[0], *before[2:]), (after[0], *after[2:]))
+
+
+def _scale(program: Program, node: fx.Node, layer: nn.Module) -> Tensor:
+    """What each output counts, float64[outputs]."""
+    count = cast("Tensor", layer.weight).shape[0]
+    scale = destination(program, node).scale.to(cast("Tensor", layer.weight).device)
+    axis = -1 if program.op(node) == "linear" else 1
+    if scale.ndim > 1 and scale.shape[axis] == scale.numel() == count:
+        return scale.reshape(-1)
+    return torch.ones(count, dtype=torch.float64, device=scale.device)
+
+
+def _make(layer: Any, weight: Tensor, place: int, method: Method) -> Any:
+    """The layer of a form that has this weight."""
+    like = layer.weight
+    outputs, inputs = weight.shape[:2]
+    if isinstance(layer, nn.Linear):
+        made: Any = nn.Linear(inputs, outputs, bias=False, device="meta")
+    else:
+        axes = weight.ndim - 2
+        carries = {"svd": (0,) * axes, "spatial": (0, 1), "tucker": (1,) * axes}[method]
+        own = [carry == place for carry in carries]  # whether an axis of the kernel is in this layer
+        padding = layer.padding
+        if not isinstance(padding, str):
+            padding = tuple(pad if mine else 0 for pad, mine in zip(padding, own, strict=True))
+        made = type(layer)(
+            inputs * layer.groups,
+            outputs,
+            tuple(weight.shape[2:]),
+            stride=tuple(step if mine else 1 for step, mine in zip(layer.stride, own, strict=True)),
+            padding=padding,
+            dilation=tuple(step if mine else 1 for step, mine in zip(layer.dilation, own, strict=True)),
+            groups=layer.groups,
+            bias=False,
+            padding_mode=layer.padding_mode,
+            device="meta",
+        )
+    made.weight = nn.Parameter(weight.to(like).contiguous(), like.requires_grad)
+    return made
