@@ -15,18 +15,28 @@ if __name__ != "fxopt.passes":
     )
 
 if TYPE_CHECKING:
+    from fxopt.passes.cluster_weights import ClusterWeights
     from fxopt.passes.fold_batch_norm import FoldBatchNorm
     from fxopt.passes.merge_branches import MergeBranches
     from fxopt.passes.prune_channels import PruneChannels
     from fxopt.passes.reestimate_batch_norm import ReestimateBatchNorm
     from fxopt.passes.simplify import Simplify
 
-__all__ = ["DEFAULT", "FoldBatchNorm", "MergeBranches", "PruneChannels", "ReestimateBatchNorm", "Simplify"]
+__all__ = [
+    "DEFAULT",
+    "ClusterWeights",
+    "FoldBatchNorm",
+    "MergeBranches",
+    "PruneChannels",
+    "ReestimateBatchNorm",
+    "Simplify",
+]
 
 DEFAULT = ("simplify", "fold_batch_norm", "merge_branches")
 """The pipeline "default": the exact passes. Identities go first, as they hide patterns from the other two."""
 
 _MODULES = {
+    "ClusterWeights": "cluster_weights",
     "FoldBatchNorm": "fold_batch_norm",
     "MergeBranches": "merge_branches",
     "PruneChannels": "prune_channels",
