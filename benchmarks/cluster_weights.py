@@ -75,9 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     notes += [
         f"the bars are about a convolution of 512 x 512 x 3 x 3 Laplace-distributed weights and 16 clusters; fxopt "
         f"{large['seconds']:.2f} s, scikit-learn {large['peer_seconds']:.2f} s, medians of rounds in turns",
-        "bits a weight: of the whole file less the bytes of the tensors that were not clustered, headers and graph count",
-        "SQNR: of the outputs, against the network's. Score: accuracy, or the share of crops with the network's own class",
-        "fisher: mean squared gradients on 256 training images, or on 32 crops with the network's own classes as targets",
+        "bits a weight: of the file less the bytes of tensors that were not clustered; its header or graph counts",
+        "SQNR: of the outputs, against the network's; score: accuracy, or the share of crops with the network's class",
+        "fisher: mean squared gradients, on 256 training images or 32 crops with the network's classes as targets",
         "scikit-learn: KMeans(random_state=0) on each raw tensor, of 256 clusters with at most 20 iterations",
     ]
     columns = (
@@ -165,7 +165,7 @@ def _network(subject: _Subject, arguments: argparse.Namespace) -> list[dict[str,
 
     with torch.no_grad():
         expected = subject.model(subject.test)
-    captured = fxopt.capture(subject.model, (subject.test[:2],), calibration=subject.calibration)
+    captured = fxopt.optimize(subject.model, (subject.test[:2],), [], calibration=subject.calibration)
     found: list[dict[str, Any]] = [
         {"bits": 32, "version": "the network", "sqnr_db": None, "score": subject.score(subject.model)}
     ]

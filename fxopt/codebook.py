@@ -85,10 +85,8 @@ def _unpacked(packed: Tensor, count: int, bits: int) -> Tensor:
         field = packed[start : start + size]
         if width < 8:
             # by division: the ONNX exporter takes bytes for signed when it shifts them
-            last = 8 // width - 1
-            parts = [field // 2 ** (width * index) if index else field for index in range(last + 1)]
-            parts = [*(part % 2**width for part in parts[:last]), parts[last]]
-            field = torch.cat(parts)[:count]
+            divisors = (2 ** torch.arange(0, 8, width, device=packed.device)).to(torch.uint8)
+            field = (field // divisors[:, None] % 2**width).reshape(-1)[:count]
         shifted = field.long() * 2**place if place else field.long()
         codes = shifted if codes is None else codes + shifted
         start += size
