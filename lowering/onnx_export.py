@@ -91,6 +91,7 @@ def _export_or_raise(program: Program) -> OnnxModel:
 
 def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
     import onnx_ir.passes.common as ir_passes
+    from onnxscript.optimizer import optimize_ir
 
     inputs = program.example_inputs
     if axes and program.batch is not None and program.batch.size < 2:
@@ -112,14 +113,28 @@ def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
         assert found is not None
         return found.model
 
-    model = exported(optimize=True)
-    if _lost(model):
+    held = _held_smaller(program)
+    model = exported(optimize=not held)
+    if held:
+        optimize_ir(model, should_fold=lambda node: _may_fold(node, held))
+    elif _lost(model):
         # seen where its optimizer joins two Clips: it forgets to register the bounds. ONNX Runtime optimizes too.
         _log.debug("the exporter's optimizer lost %s; exported without it", ", ".join(_lost(model)))
         model = exported(optimize=False)
     # The exporter leaves a stack trace on every node: larger than the graph, and it names the user's paths.
     ir_passes.ClearMetadataAndDocStringPass()(model)
     return model
+
+
+def _held_smaller(program: Program) -> frozenset[str]:
+    """Names of tensors that weights are computed from to save bytes, which the exporter's optimizer would undo."""
+    paths = [str(node.target) for node in program.nodes if program.op(node) == "codebook_weight"]
+    return frozenset(f"{path}.codes" for path in paths)
+
+
+def _may_fold(node: onnx_ir.Node, held: frozenset[str]) -> bool | None:
+    """False where it must not, None for what the optimizer would do by itself."""
+    return False if any(value is not None and value.name in held for value in node.inputs) else None
 
 
 def _lost(model: onnx_ir.Model) -> list[str]:

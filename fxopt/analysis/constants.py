@@ -33,11 +33,15 @@ class Sources(NamedTuple):
 
 
 def constants(program: Program) -> frozenset[str]:
-    """Names of the nodes of fixed value: tensors of the program that nothing writes, and pure functions of such."""
+    """Names of the nodes of fixed value: tensors of the program that nothing writes, and pure functions of such.
+
+    A weight that is held as a codebook is none: it is computed on purpose, to save the bytes.
+    """
     written = {id(program.tensor_of(node)) for node in _written(program)}
     found: set[str] = set()
     for node in program.graph.nodes:
         fixed = is_pure(program, node) and id(program.tensor_of(node)) not in written
+        fixed = fixed and program.op(node) != "codebook_weight"
         if fixed and all(source.name in found for source in node.all_input_nodes):
             found.add(node.name)
     return frozenset(found)

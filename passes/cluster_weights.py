@@ -1,0 +1,257 @@
+"""Lets weights share few values: each layer keeps a codebook of k centroids, and 1 to 8 bits a weight to choose.
+
+    w_i  ->  c[a_i],      c, a = argmin sum_i s_i (w_i - c[a_i])²
+
+k-means in one dimension, optimal for small tensors (`fxopt.kmeans`). s is 1, or with `sensitivity="fisher"` the mean
+squared gradient of the loss by w_i (`fxopt.analysis.weight_sensitivity`): what the loss minds is kept more exactly. The
+weight is held as codes and codebook (`fxopt.codebook`), in memory, in saved files and in ONNX; its centroids train. It
+saves bytes, not time: the layer computes with the weight that they stand for.
+
+Convolutions, linear layers and embeddings are clustered; biases and norms are left alone. Layers that share a weight go
+together and go on sharing it. No more values than clusters: nothing is lost.
+
+It belongs behind all passes that read or change weights. Refused, with the reason: ignored layers, weights that are not
+finite, that something else reads too, that gain nothing, and calls that have no functional form.
+
+Papers: Deep Compression (arXiv:1510.00149); arXiv:1612.01543 (Hessian-weighted); arXiv:1701.07204 (optimal in 1-D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from typing import Any, ClassVar, Literal, cast
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, fx, nn
+
+from fxopt import edit
+from fxopt.analysis.constants import held_tensors
+from fxopt.analysis.measurements import keep, measured
+from fxopt.analysis.weight_sensitivity import squared_gradients
+from fxopt.codebook import CodebookWeight, packed_bytes
+from fxopt.errors import InputError
+from fxopt.kmeans import centroids, nearest
+from fxopt.ops import Call
+from fxopt.passes_base import Pass, Rewrite, Skip
+from fxopt.program import Program
+
+__all__ = ["ClusterWeights"]
+
+_DEFAULT_CLUSTERS = 16
+_FUNCTIONS: dict[str, Any] = {
+    "conv1d": F.conv1d,
+    "conv2d": F.conv2d,
+    "conv3d": F.conv3d,
+    "conv_transpose1d": F.conv_transpose1d,
+    "conv_transpose2d": F.conv_transpose2d,
+    "conv_transpose3d": F.conv_transpose3d,
+    "linear": F.linear,
+    "embedding": F.embedding,
+}
+_OTHER_LAYERS = frozenset({"lstm", "gru", "rnn", "bilinear", "embedding_bag", "multi_head_attention"})
+_LEAST_SENSITIVITY = 1e-6  # of the mean: weights that the data do not reach are clustered too
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClusterWeights(Pass):
+    """Clusters the weights of layers, and holds them as a codebook and packed codes.
+
+    Attributes:
+        n_clusters: values that the weights of a layer may have, 2 to 256; None for 2^bits, or 16.
+        bits: the same by the bits of a code, 1 to 8; give one of the two.
+        per: "tensor" for one codebook a layer, "channel" for one for each index of axis 0 of the weight (the output
+            channels; of transposed convolutions the input channels).
+        sensitivity: "none" counts all weights alike, "fisher" by their mean squared gradient; it takes calibration
+            batches that hold targets behind the inputs.
+        ignore: patterns of layer paths, "head.*", that are left as they are.
+    """
+
+    name: ClassVar[str] = "cluster_weights"
+
+    n_clusters: int | None = None
+    bits: int | None = None
+    per: Literal["tensor", "channel"] = "tensor"
+    sensitivity: Literal["none", "fisher"] = "none"
+    ignore: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        # a spec string may give values of any type
+        for option, value, low, high in (("n_clusters", self.n_clusters, 2, 256), ("bits", self.bits, 1, 8)):
+            if value is not None and (type(value) is not int or not low <= value <= high):
+                raise ValueError(f"{option} must be a whole number from {low} to {high}, not {value!r}")
+        if self.n_clusters is not None and self.bits is not None:
+            raise ValueError("give n_clusters or bits, not both: bits=b means n_clusters=2**b")
+        if self.per not in ("tensor", "channel"):
+            raise ValueError(f"per must be 'tensor' or 'channel', not {self.per!r}")
+        if self.sensitivity not in ("none", "fisher"):
+            raise ValueError(f"sensitivity must be 'none' or 'fisher', not {self.sensitivity!r}")
+        ignored: object = self.ignore
+        if isinstance(ignored, str):
+            raise ValueError(f"ignore must be a tuple of patterns: write ({self.ignore!r},) for this one alone")
+        if not isinstance(ignored, tuple) or not all(isinstance(item, str) for item in ignored):
+            raise ValueError(f"ignore must be a tuple of patterns, not {ignored!r}")
+
+    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
+        """One decision per weight, at the first layer that uses it.
+
+        Raises:
+            InputError: if sensitivities are asked for, and there are no calibration data with targets.
+        """
+        if self.sensitivity == "fisher":
+            _require_data(program)
+        seen: set[int] = set()
+        for node in program.nodes:
+            call = program.call(node)
+            if call.op in _FUNCTIONS and call.module is None:
+                source = call.arguments.get("weight")
+                clustered = isinstance(source, fx.Node) and program.op(source) == "codebook_weight"
+                yield Skip(node.name, "clustered already" if clustered else f"its weight comes from {source}")
+            elif call.op in _OTHER_LAYERS:
+                yield Skip(node.name, f"the weights of {call.op} are not clustered")
+            elif call.op in _FUNCTIONS and id(_weight(program, node)) not in seen:
+                seen.add(id(_weight(program, node)))
+                yield self._decision(program, node)
+
+    def apply(self, program: Program, rewrite: Rewrite) -> None:
+        """Clusters one weight, and makes its layers functions of the node that gives it.
+
+        Values and sensitivities are no part of the plan: it replays on another checkpoint.
+        """
+        layers = [program.node(name) for name in rewrite.params["layers"]]
+        fisher = measured(program, squared_gradients) if self.sensitivity == "fisher" else None
+        weight = _weight(program, layers[0])
+        held = self._held(weight, None if fisher is None else fisher[f"{layers[0].target}.weight"])
+        _call_with(program, layers, held)
+        if fisher is not None:
+            # of the trained weights, by which the layers that follow are to be clustered too
+            keep(program, squared_gradients, fisher)
+
+    def _decision(self, program: Program, node: fx.Node) -> Rewrite | Skip:
+        weight = _weight(program, node)
+        layers = [item for item in program.nodes if any(held is weight for held in held_tensors(program, item))]
+        paths = sorted({str(item.target) for item in layers})
+        reason = self._reason_to_keep(program, layers, weight)
+        if reason is not None:
+            return Skip(node.name, reason)
+        if self.sensitivity == "fisher":
+            fisher = measured(program, squared_gradients)[f"{node.target}.weight"]
+            if not bool(fisher.any()):
+                return Skip(node.name, "the loss does not depend on its weight on the calibration data")
+        what = f"cluster {', '.join(paths)}: {weight.nbytes} to {self._bytes(weight)} bytes"
+        return Rewrite(node.name, what, {"layers": [item.name for item in layers]})
+
+    def _reason_to_keep(self, program: Program, layers: list[fx.Node], weight: Tensor) -> str | None:
+        paths = {str(item.target) for item in layers}
+        if any(fnmatch(path, pattern) for path in paths for pattern in self.ignore):
+            return "ignored"
+        for item in layers:
+            if program.op(item) not in _FUNCTIONS:
+                return f"its weight is read by {item.name} too"
+            reason = _no_functional_form(program, item)
+            if reason is not None:
+                return reason
+        for reader in program.nodes:
+            if reader.op == "get_attr" and str(reader.target).rpartition(".")[0] in paths:
+                return f"{reader.name} reads a tensor of the layer"
+        if not bool(weight.isfinite().all()):
+            return "its weight is not finite"
+        if self._bytes(weight) >= weight.nbytes:
+            return f"nothing to gain: {weight.nbytes} bytes as it is, {self._bytes(weight)} clustered"
+        return None
+
+    def _clusters(self) -> int:
+        return 2**self.bits if self.bits is not None else self.n_clusters or _DEFAULT_CLUSTERS
+
+    def _code_bits(self) -> int:
+        return (self._clusters() - 1).bit_length()
+
+    def _rows(self, weight: Tensor) -> int:
+        return len(weight) if self.per == "channel" else 1
+
+    def _bytes(self, weight: Tensor) -> int:
+        codebook = self._rows(weight) * self._clusters() * weight.element_size()
+        return packed_bytes(weight.numel(), self._code_bits()) + codebook
+
+    def _held(self, weight: Tensor, fisher: Tensor | None) -> CodebookWeight:
+        """The clustered weight."""
+        values = _rows_of(weight, self._rows(weight))
+        importance = None
+        if fisher is not None:
+            importance = _rows_of(fisher, self._rows(weight)).astype(np.float64)
+            importance = importance / importance.mean() + _LEAST_SENSITIVITY
+        found = torch.from_numpy(centroids(values, self._clusters(), importance)).to(weight.dtype)
+        codes = torch.from_numpy(nearest(values, found.double().numpy()))
+        codebook = nn.Parameter(found.to(weight.device), requires_grad=weight.requires_grad)
+        return CodebookWeight(codes.to(weight.device), codebook, tuple(weight.shape), self._code_bits())
+
+
+def _rows_of(tensor: Tensor, rows: int) -> NDArray[np.floating]:
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    found: NDArray[np.floating] = tensor.detach().to("cpu", wide).reshape(rows, -1).numpy()
+    return found
+
+
+def _require_data(program: Program) -> None:
+    if program.calibration is None:
+        raise InputError(
+            "cluster_weights(sensitivity='fisher') takes gradients of the loss: pass calibration=, an iterable of "
+            "batches that hold targets behind the inputs, (x, target)"
+        )
+
+
+def _weight(program: Program, node: fx.Node) -> Tensor:
+    return cast("Tensor", cast("nn.Module", program.module_of(node)).weight)
+
+
+def _no_functional_form(program: Program, node: fx.Node) -> str | None:
+    """Why a layer cannot be called with a weight from elsewhere."""
+    if len(node.args) + len(node.kwargs) > 1:
+        return f"{node.name} is called with an output size"
+    if program.op(node) == "embedding" and cast("nn.Embedding", program.module_of(node)).max_norm is not None:
+        return f"{node.target} normalises its weight as it is read"
+    return None
+
+
+def _call_with(program: Program, layers: list[fx.Node], held: CodebookWeight) -> None:
+    """Puts `held` in the place of the first layer's module, and calls all of the layers with what it gives."""
+    calls = [program.call(layer) for layer in layers]
+    paths = [str(layer.target) for layer in layers]
+    source = layers[0]
+    edit.set_module(program, source, held)
+    biases: dict[int, fx.Node] = {}
+    for call, path in zip(calls, paths, strict=True):
+        bias = getattr(call.module, "bias", None)
+        if bias is not None and id(bias) not in biases:
+            biases[id(bias)] = edit.insert_tensor(program, source, bias, name=f"{path}.bias")
+    for layer, call in zip(layers, calls, strict=True):
+        # the first goes first: what is behind it may be the input of another
+        value = next(iter((*layer.args, *layer.kwargs.values())))
+        padding = getattr(call.module, "padding_mode", "zeros")
+        if padding != "zeros":
+            pads = tuple(cast("Any", call.module)._reversed_padding_repeated_twice)
+            value = edit.insert_before(program, layer, F.pad, (value, pads, padding))
+        arguments = (value, source, *_options(call, biases.get(id(getattr(call.module, "bias", None)))))
+        if layer is source:
+            edit.set_arguments(program, source, ())
+            edit.insert_after(program, source, _FUNCTIONS[call.op], arguments)
+        else:
+            edit.replace(program, layer, _FUNCTIONS[call.op], arguments, {})
+
+
+def _options(call: Call, bias: fx.Node | None) -> tuple[Any, ...]:
+    """The arguments of the functional form behind input and weight."""
+    layer: Any = call.module
+    if call.op == "embedding":
+        # gradients of a weight that is computed cannot be sparse
+        return (layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, False)
+    if call.op == "linear":
+        return (bias,)
+    padding = layer.padding if layer.padding_mode == "zeros" else 0
+    if call.op.startswith("conv_transpose"):
+        return (bias, layer.stride, padding, layer.output_padding, layer.groups, layer.dilation)
+    return (bias, layer.stride, padding, layer.dilation, layer.groups)
