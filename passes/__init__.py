@@ -18,10 +18,19 @@ if TYPE_CHECKING:
     from fxopt.passes.fold_batch_norm import FoldBatchNorm
     from fxopt.passes.merge_branches import MergeBranches
     from fxopt.passes.prune_channels import PruneChannels
+    from fxopt.passes.prune_weights import PruneWeights
     from fxopt.passes.reestimate_batch_norm import ReestimateBatchNorm
     from fxopt.passes.simplify import Simplify
 
-__all__ = ["DEFAULT", "FoldBatchNorm", "MergeBranches", "PruneChannels", "ReestimateBatchNorm", "Simplify"]
+__all__ = [
+    "DEFAULT",
+    "FoldBatchNorm",
+    "MergeBranches",
+    "PruneChannels",
+    "PruneWeights",
+    "ReestimateBatchNorm",
+    "Simplify",
+]
 
 DEFAULT = ("simplify", "fold_batch_norm", "merge_branches")
 """The pipeline "default": the exact passes. Identities go first, as they hide patterns from the other two."""
@@ -30,6 +39,7 @@ _MODULES = {
     "FoldBatchNorm": "fold_batch_norm",
     "MergeBranches": "merge_branches",
     "PruneChannels": "prune_channels",
+    "PruneWeights": "prune_weights",
     "ReestimateBatchNorm": "reestimate_batch_norm",
     "Simplify": "simplify",
 }

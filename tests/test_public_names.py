@@ -69,6 +69,7 @@ def test_public_names() -> None:
         "FoldBatchNorm",
         "MergeBranches",
         "PruneChannels",
+        "PruneWeights",
         "ReestimateBatchNorm",
         "Simplify",
     ]
