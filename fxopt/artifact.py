@@ -44,7 +44,6 @@ _PLAIN_VERSION = 1  # without compressed files
 _PACKED = ".xz"
 _RECORDED_PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime")
 _CHUNK = 1 << 20
-_PRESET = 1
 _AGAIN = "save the engine again"
 _DIGEST = "sha256"
 _SPARE = re.compile(r"\.fxopt-[0-9a-f]{8}\.(saving|old)")
@@ -216,10 +215,15 @@ def _pack(folder: Path) -> dict[str, Any]:
     """Compresses all files of a folder; what the manifest says of their contents."""
     import lzma
 
+    # What predicts a byte of a weight is where it is in its number of 4 bytes, not the byte before. Measured on the
+    # weights of EfficientNet-Lite0 at a sparsity of 0 / 0.5 / 0.9: 86 / 50 / 14 % are left; by xz's default 91 / 51 /
+    # 14 at half to a tenth of the speed, by zlib 92 / 55 / 16. ONNX's sparse initializers take 150 / 31 % at 0.5 / 0.9,
+    # as positions are int64, and the ONNX checker infers no shapes from them.
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "lc": 0, "lp": 2, "pb": 2}]
     listing = _listing(folder)
     for name in listing:
         path = folder / name
-        with path.open("rb") as source, lzma.open(folder / f"{name}{_PACKED}", "wb", preset=_PRESET) as goal:
+        with path.open("rb") as source, lzma.open(folder / f"{name}{_PACKED}", "wb", filters=filters) as goal:
             shutil.copyfileobj(source, goal, _CHUNK)
         path.unlink()
     return listing
