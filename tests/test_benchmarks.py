@@ -331,6 +331,7 @@ def test_every_benchmark_file_is_found() -> None:
         "prune_accuracy",
         "prune_channels",
         "prune_speed",
+        "prune_weights",
         "simplify",
     ]
 
