@@ -9,6 +9,7 @@ import argparse
 import copy
 import importlib.util
 import math
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -66,6 +67,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", type=Path, default=fashion_mnist.FOLDER, help="folder of Fashion-MNIST")
     parser.add_argument("--images", type=int, default=10_000, help="how many test images of Fashion-MNIST")
     parser.add_argument("--crops", type=int, default=64, help="how many crops of photographs EfficientNet is tested on")
+    parser.add_argument("--sparsities", nargs="+", type=float, default=list(SPARSITIES), help="shares to prune")
     parser.add_argument("--no-engine", action="store_true", help="leave the files out")
     parser.add_argument("--out", type=Path, help="where results go")
 
@@ -82,7 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise BenchmarkError(f"no network {', '.join(unknown)}: there are {', '.join(builders)}")
     results: list[dict[str, Any]] = []
     for name in arguments.networks:
-        results += _measure(builders[name](arguments), files=not arguments.no_engine)
+        results += _measure(builders[name](arguments), arguments.sparsities, files=not arguments.no_engine)
     bars = _bars(results)
     notes = [
         "top-1: accuracy on test images for resnet14; for efficientnet_lite0 the share of crops where the whole model "
@@ -99,7 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
     return int(not all(met for _, met in bars))
 
 
-def _measure(subject: Subject, *, files: bool) -> list[dict[str, Any]]:
+def _measure(subject: Subject, sparsities: Sequence[float], *, files: bool) -> list[dict[str, Any]]:
     """A row per version of a network."""
     import fxopt
     from fxopt.analysis.statistics import collect
@@ -109,7 +111,8 @@ def _measure(subject: Subject, *, files: bool) -> list[dict[str, Any]]:
     expected = _outputs(subject.model, subject.test)
     rows = [_row(subject, 0.0, "as it is", plain, expected, files=files)]
     whole = rows[0].get("onnx_bytes")
-    for sparsity, version, spec in _versions():
+    for sparsity, version, spec in _versions(sparsities):
+        sys.stderr.write(f"{subject.name}: {spec}\n")
         pruned = _with(plain, spec)
         row = _row(subject, sparsity, version, pruned, expected, files=files)
         if 'criterion="l1"' in spec and 'pattern="unstructured"' in spec:
@@ -124,10 +127,10 @@ def _measure(subject: Subject, *, files: bool) -> list[dict[str, Any]]:
     return rows
 
 
-def _versions() -> list[tuple[float, str, str]]:
+def _versions(sparsities: Sequence[float]) -> list[tuple[float, str, str]]:
     """Sparsity, name and spec."""
     found = []
-    for sparsity in SPARSITIES:
+    for sparsity in sparsities:
         for criterion in ("l1", "wanda"):
             for scope in ("layer", "global"):
                 options = f'sparsity={sparsity}, criterion="{criterion}", scope="{scope}", pattern="unstructured"'

@@ -11,6 +11,7 @@ from torch import nn
 
 import fxopt
 from fxopt.masking import mask_of, with_mask, without_mask, without_masks
+from fxopt.registry import make_backend
 
 LAYERS = [
     (nn.Linear(4, 6), (2, 4)),
@@ -80,3 +81,15 @@ def test_a_program_without_masks_is_itself() -> None:
     assert "masked" in masked.text()
     assert "masked" not in plain.text()
     assert torch.equal(plain.module(x), masked.module(x))
+
+
+def test_an_eager_engine_without_masks_still_follows_the_training_of_its_program() -> None:
+    x = torch.randn(2, 4)
+    program = fxopt.optimize(nn.Sequential(nn.Linear(4, 4), nn.ReLU()).eval(), x, ["prune_weights"])
+    engine = make_backend("eager").lower(program, dynamic_batch=True)
+    before = engine(x)[0]
+    module = program.module
+    module(x).sum().backward()
+    torch.optim.SGD(module.parameters(), 0.1).step()
+    assert not torch.equal(engine(x)[0], before)
+    assert torch.equal(engine(x)[0], module(x))
