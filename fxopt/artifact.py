@@ -4,6 +4,10 @@ The manifest holds the versions, how the model is called, size and SHA-256 of ev
 of it is checked before anything is loaded, and nothing is unpickled. A save writes a draft first. A new folder is the
 draft, renamed; an existing folder stays the same folder, with its mode and whoever works in it, and only its contents
 are exchanged: what was there is moved aside, moved back if anything fails, and deleted last.
+
+Compressed, each of the engine's files is an `.xz` file, which any tool for these reads, and the manifest has the size
+and SHA-256 of what is in it too (`packed`). Such a folder has format version 2; one without is version 1 still, which
+earlier releases read.
 """
 
 from __future__ import annotations
@@ -14,6 +18,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -28,13 +33,15 @@ from fxopt.report import Report
 from fxopt.signature import Signature
 from fxopt.target import Target
 
-__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_FILE", "REPORT_FILE", "Manifest", "read", "write"]
+__all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_FILE", "REPORT_FILE", "Manifest", "read", "unpacked", "write"]
 
 FORMAT = "fxopt"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 
+_PLAIN_VERSION = 1  # without compressed files
+_PACKED = ".xz"
 _RECORDED_PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime")
 _CHUNK = 1 << 20
 _AGAIN = "save the engine again"
@@ -57,6 +64,7 @@ class Manifest:
         info: what the engine said about itself (`Engine.info`).
         created: time of saving, ISO 8601, UTC.
         files: size in bytes and SHA-256 of every file but the manifest, by relative path.
+        packed: those of what is in the engine's files where they are compressed, by the path without ".xz".
     """
 
     backend: str
@@ -69,6 +77,7 @@ class Manifest:
     info: Mapping[str, Any] = field(default_factory=dict)
     created: str = ""
     files: Mapping[str, tuple[int, str]] = field(default_factory=dict)
+    packed: Mapping[str, tuple[int, str]] = field(default_factory=dict)
 
     @property
     def notes(self) -> list[str]:
@@ -84,8 +93,18 @@ def write(
     signature: Signature,
     report: Report,
     target: Target,
+    compress: bool = False,
 ) -> None:
     """Saves an engine. A folder that holds what fxopt wrote earlier, and nothing else, is replaced as a whole.
+
+    Args:
+        directory: the folder.
+        engine: what is saved.
+        backend: that made it.
+        signature: how the model is called.
+        report: what the passes did.
+        target: where the engine runs.
+        compress: whether the engine's files are compressed.
 
     Raises:
         ArtifactError: if the place is taken by something else, or cannot be written.
@@ -101,13 +120,14 @@ def write(
         draft.mkdir()
         try:
             engine.save(draft)
+            packed = _pack(draft) if compress else {}
             _write_json(draft / REPORT_FILE, report.to_json())
             _write_json(
                 draft / MANIFEST_FILE,
                 _signed(
                     {
                         "format": FORMAT,
-                        "format_version": FORMAT_VERSION,
+                        "format_version": FORMAT_VERSION if compress else _PLAIN_VERSION,
                         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
                         "versions": _versions(),
                         "backend": str(backend),
@@ -117,6 +137,7 @@ def write(
                         "inputs": [spec.to_json() for spec in engine.inputs],
                         "engine": dict(engine.info()),
                         "files": _listing(draft),
+                        **({"packed": packed} if compress else {}),
                     }
                 ),
             )
@@ -138,7 +159,11 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
     with _explained(f"cannot read {place}", "check that you may read the folder and all in it"):
         data = _read_manifest(place)
         _check_digest(place, data)
-        files = _files(place, data)
+        files = _files(place, data, "files")
+        packed = _files(place, data, "packed") if "packed" in data else {}
+        missing = next((name for name in packed if name + _PACKED not in files), None)
+        if missing is not None:
+            raise ArtifactError(f"{place / MANIFEST_FILE} does not list {missing}{_PACKED}: {_AGAIN}")
         for name, (size, digest) in files.items():
             _verify(place, name, size, digest)
         if REPORT_FILE not in files:
@@ -159,12 +184,69 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
             info=_info(data["engine"]),
             created=_text(data["created"]),
             files=files,
+            packed=packed,
         )
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ArtifactError(
             f"{place}: {MANIFEST_FILE} or {REPORT_FILE} lacks an entry or has a wrong one "
             f"({type(error).__name__}: {first_line(error)}); {_AGAIN}"
         ) from error
+
+
+@contextmanager
+def unpacked(directory: str | os.PathLike[str], manifest: Manifest) -> Iterator[Path]:
+    """A folder with the engine's files as `Engine.save` wrote them: the saved one, or a temporary one if compressed.
+
+    Raises:
+        ArtifactError: if a compressed file does not hold what the manifest says.
+    """
+    place = Path(directory)
+    if not manifest.packed:
+        yield place
+        return
+    with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
+        with _explained(f"cannot unpack {place}", "make room in the folder for temporary files, or set TMPDIR"):
+            for name, (size, digest) in manifest.packed.items():
+                _unpack(place / f"{name}{_PACKED}", Path(folder) / name, size, digest)
+        yield Path(folder)
+
+
+def _pack(folder: Path) -> dict[str, Any]:
+    """Compresses all files of a folder; what the manifest says of their contents."""
+    import lzma
+
+    # What predicts a byte of a weight is where it is in its number of 4 bytes, not the byte before. Measured on the
+    # weights of EfficientNet-Lite0 at a sparsity of 0 / 0.5 / 0.9: 86 / 50 / 14 % are left; by xz's default 91 / 51 /
+    # 14 at half to a tenth of the speed, by zlib 92 / 55 / 16. ONNX's sparse initializers take 150 / 31 % at 0.5 / 0.9,
+    # as positions are int64, and the ONNX checker infers no shapes from them.
+    filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "lc": 0, "lp": 2, "pb": 2}]
+    listing = _listing(folder)
+    for name in listing:
+        path = folder / name
+        with path.open("rb") as source, lzma.open(folder / f"{name}{_PACKED}", "wb", filters=filters) as goal:
+            shutil.copyfileobj(source, goal, _CHUNK)
+        path.unlink()
+    return listing
+
+
+def _unpack(source: Path, goal: Path, size: int, digest: str) -> None:
+    import lzma
+
+    goal.parent.mkdir(parents=True, exist_ok=True)
+    seen, left = hashlib.sha256(), size
+    try:
+        with lzma.open(source) as file, goal.open("wb") as out:
+            # no further than the size: a small file may hold any number of zeros
+            while chunk := file.read(min(_CHUNK, left + 1)):
+                left -= len(chunk)
+                if left < 0:
+                    break
+                seen.update(chunk)
+                out.write(chunk)
+    except (lzma.LZMAError, EOFError) as error:
+        raise ArtifactError(f"{source} is no readable .xz file ({error}); {_AGAIN}") from error
+    if left or seen.hexdigest() != digest:
+        raise ArtifactError(f"{source} does not hold the {size} bytes that were saved in it; {_AGAIN}")
 
 
 @contextmanager
@@ -347,10 +429,10 @@ def _listing(folder: Path) -> dict[str, Any]:
     }
 
 
-def _files(place: Path, data: Mapping[str, Any]) -> dict[str, tuple[int, str]]:
-    listed = data.get("files")
+def _files(place: Path, data: Mapping[str, Any], entry_name: str) -> dict[str, tuple[int, str]]:
+    listed = data.get(entry_name)
     if not isinstance(listed, dict):
-        raise ArtifactError(f"{place / MANIFEST_FILE} lists no files: the folder is damaged; {_AGAIN}")
+        raise ArtifactError(f"{place / MANIFEST_FILE} lists no {entry_name}: the folder is damaged; {_AGAIN}")
     files: dict[str, tuple[int, str]] = {}
     for name, entry in listed.items():
         path = PurePosixPath(name)

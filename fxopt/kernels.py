@@ -6,6 +6,9 @@ any of them needs, as many behind, and as dilation the greatest common divisor o
 in a kernel of zeros. Output sizes agree for every input size if front + back - d (k - 1) does.
 
 A linear layer is a convolution without spatial axes; the identity and a scale per channel are depthwise ones of size 1.
+
+What a weight connects is the same for all of these layers, however they lay it out: `[groups, outputs / groups, inputs
+/ groups, places of the kernel]` (`connections`).
 """
 
 from __future__ import annotations
@@ -21,11 +24,13 @@ from torch import Tensor, nn
 __all__ = [
     "Convolution",
     "Geometry",
+    "connections",
     "embed",
     "geometry_of",
     "identity_geometry",
     "identity_weight",
     "join",
+    "laid_out",
     "make_module",
 ]
 
@@ -187,6 +192,26 @@ def make_module(geometry: Geometry, weight: nn.Parameter, bias: nn.Parameter | N
     module.weight = weight
     module.bias = bias
     return module
+
+
+def connections(module: nn.Module, weight: Tensor) -> Tensor:
+    """A layer's weight as `[groups, outputs / groups, inputs / groups, places of the kernel]`.
+
+    Args:
+        module: a convolution, transposed convolution or linear layer.
+        weight: its weight, or another tensor of that shape.
+    """
+    groups: Any = getattr(module, "groups", 1)
+    grouped = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
+    return grouped.transpose(1, 2) if isinstance(module, nn.modules.conv._ConvTransposeNd) else grouped
+
+
+def laid_out(module: nn.Module, connected: Tensor) -> Tensor:
+    """The reverse of `connections`: a tensor of the shape of the module's weight."""
+    weight = cast("Tensor", module.weight)
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        connected = connected.transpose(1, 2)
+    return connected.reshape(weight.shape)
 
 
 def _step(parts: Sequence[Geometry], axis: int, front: int) -> int:

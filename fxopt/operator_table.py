@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from fxopt import masking
+
 __all__ = ["OPERATORS", "Operator"]
 
 _CONV = "input weight bias stride padding dilation groups"
@@ -92,31 +94,31 @@ def _binary(name: str, *functions: Any, extra: str = "", aliases: str = "") -> O
 
 OPERATORS: tuple[Operator, ...] = (
     # layers with parameters
-    _op("conv1d", _CONV, functions=(F.conv1d, torch.conv1d), aten="conv1d", modules=(nn.Conv1d,)),
-    _op("conv2d", _CONV, functions=(F.conv2d, torch.conv2d), aten="conv2d", modules=(nn.Conv2d,)),
-    _op("conv3d", _CONV, functions=(F.conv3d, torch.conv3d), aten="conv3d", modules=(nn.Conv3d,)),
+    _op("conv1d", _CONV, functions=(F.conv1d, torch.conv1d), aten="conv1d", modules=(nn.Conv1d, masking.MaskedConv1d)),
+    _op("conv2d", _CONV, functions=(F.conv2d, torch.conv2d), aten="conv2d", modules=(nn.Conv2d, masking.MaskedConv2d)),
+    _op("conv3d", _CONV, functions=(F.conv3d, torch.conv3d), aten="conv3d", modules=(nn.Conv3d, masking.MaskedConv3d)),
     _op(
         "conv_transpose1d",
         _CONV_TRANSPOSE,
         functions=(F.conv_transpose1d, torch.conv_transpose1d),
         aten="conv_transpose1d",
-        modules=(nn.ConvTranspose1d,),
+        modules=(nn.ConvTranspose1d, masking.MaskedConvTranspose1d),
     ),
     _op(
         "conv_transpose2d",
         _CONV_TRANSPOSE,
         functions=(F.conv_transpose2d, torch.conv_transpose2d),
         aten="conv_transpose2d",
-        modules=(nn.ConvTranspose2d,),
+        modules=(nn.ConvTranspose2d, masking.MaskedConvTranspose2d),
     ),
     _op(
         "conv_transpose3d",
         _CONV_TRANSPOSE,
         functions=(F.conv_transpose3d, torch.conv_transpose3d),
         aten="conv_transpose3d",
-        modules=(nn.ConvTranspose3d,),
+        modules=(nn.ConvTranspose3d, masking.MaskedConvTranspose3d),
     ),
-    _op("linear", "input weight bias", functions=(F.linear,), aten="linear", modules=(nn.Linear,)),
+    _op("linear", "input weight bias", functions=(F.linear,), aten="linear", modules=(nn.Linear, masking.MaskedLinear)),
     _op("bilinear", "input1 input2 weight bias", functions=(F.bilinear,), aten="bilinear", modules=(nn.Bilinear,)),
     _op("codebook_weight", "", modules=("fxopt.codebook.CodebookWeight",)),
     _op(

@@ -35,6 +35,7 @@ from fxopt.analysis.patches import PatchLayer
 from fxopt.analysis.samples import Seen, samples, wide
 from fxopt.analysis.shapes import shapes
 from fxopt.errors import InputError
+from fxopt.masking import mask_of
 from fxopt.passes_base import Rewrite, Skip, listed
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
@@ -114,6 +115,8 @@ def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any, uses: Mappin
         return f"it is called at {places} places"
     if uses[id(layer.weight)] > 1:
         return "its weight is tied to another layer's"
+    if mask_of(layer) is not None:
+        return "it has a mask, which a fit would fill"
     source = program.analysis(shapes)[cast("fx.Node", program.call(node).arguments["input"]).name]
     if len(source.shape) < (2 if program.op(node) == "linear" else layer.weight.ndim):
         return "what it reads has no batch axis"

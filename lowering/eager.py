@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 from fxopt.backend import Backend, Engine, FixedBatchWarning, TensorSpec, check_inputs
 from fxopt.errors import ArtifactError, BackendError, first_line
 from fxopt.lowering.eager_archive import load_archive, runnable, save_archive
+from fxopt.masking import without_masks
 
 if TYPE_CHECKING:
     from fxopt.artifact import Manifest
@@ -47,6 +48,8 @@ class EagerBackend(Backend):
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         dynamic = dynamic_batch and program.batch is not None
+        if not program.training:
+            program = without_masks(program)
         return _ProgramEngine(program, TensorSpec.of_program(program, dynamic_batch=dynamic))
 
     def load(self, directory: Path, manifest: Manifest) -> Engine:

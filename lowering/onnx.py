@@ -20,7 +20,10 @@ if TYPE_CHECKING:
     from fxopt.artifact import Manifest
     from fxopt.program import Program
 
-__all__ = ["OnnxBackend"]
+__all__ = ["SPARSITY_KEY", "OnnxBackend"]
+
+SPARSITY_KEY = "fxopt.sparsity_2_4"
+"""Under it the metadata of `model.onnx` name the layers with two zeros in every four weights, separated by commas."""
 
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxoptimizer")
 
@@ -62,6 +65,7 @@ class OnnxBackend(Backend):
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         self._require_available()
+        from fxopt.analysis.sparsity import two_of_four
         from fxopt.lowering import onnx_export, onnx_optimize
         from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session
 
@@ -90,6 +94,10 @@ class OnnxBackend(Backend):
             "optimize": after_optimize - after_export,
             "session": time.perf_counter() - after_optimize,
         }
+        fitting = two_of_four(program)
+        if fitting:
+            # for who builds an engine from the file: TensorRT looks for the pattern only where it is told to
+            model = model.with_metadata(SPARSITY_KEY, ",".join(fitting))
         inputs = TensorSpec.of_program(program, dynamic_batch=exported.dynamic_batch)
         return OnnxEngine(model, session, inputs=inputs, device=device, notes=notes, seconds=seconds)
 

@@ -19,6 +19,7 @@ from fxopt.backend import FixedBatchWarning
 from fxopt.errors import BackendError
 from fxopt.lowering.onnx_legalize import legalize
 from fxopt.lowering.onnx_model import OnnxModel
+from fxopt.masking import without_masks
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -54,7 +55,7 @@ def export(program: Program, *, dynamic_batch: bool) -> Exported:
     Raises:
         BackendError: if the exporter fails with a fixed batch too.
     """
-    program = legalize(program)
+    program = legalize(without_masks(program))
     axes = program.batch.inputs if dynamic_batch and program.batch is not None else ()
     if not axes:
         return Exported(_export_or_raise(program), False, [])

@@ -106,6 +106,12 @@ class OnnxModel:
         graph.graph.input.extend(inputs)
         return self.of(graph, self.weights)
 
+    def with_metadata(self, key: str, value: str) -> OnnxModel:
+        """The model with one more entry in its metadata."""
+        graph = _copy(self.graph)
+        graph.metadata_props.add(key=key, value=value)
+        return OnnxModel(graph, self.weights)
+
     def as_external(self) -> onnx.ModelProto:
         """A new message that says at which offset of `DATA_FILE` each weight is."""
         model, offset = _copy(self.graph), 0

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from fxopt.passes.fold_batch_norm import FoldBatchNorm
     from fxopt.passes.merge_branches import MergeBranches
     from fxopt.passes.prune_channels import PruneChannels
+    from fxopt.passes.prune_weights import PruneWeights
     from fxopt.passes.reestimate_batch_norm import ReestimateBatchNorm
     from fxopt.passes.simplify import Simplify
 
@@ -30,6 +31,7 @@ __all__ = [
     "FoldBatchNorm",
     "MergeBranches",
     "PruneChannels",
+    "PruneWeights",
     "ReestimateBatchNorm",
     "Simplify",
 ]
@@ -43,6 +45,7 @@ _MODULES = {
     "FoldBatchNorm": "fold_batch_norm",
     "MergeBranches": "merge_branches",
     "PruneChannels": "prune_channels",
+    "PruneWeights": "prune_weights",
     "ReestimateBatchNorm": "reestimate_batch_norm",
     "Simplify": "simplify",
 }

@@ -10,7 +10,7 @@ saves bytes, not time: the layer computes with the weight that they stand for.
 Convolutions, linear layers and embeddings are clustered; biases and norms are left alone. Layers that share a weight go
 together and go on sharing it. No more values than clusters: nothing is lost.
 
-It belongs behind all passes that read or change weights. Refused, with the reason: ignored layers, weights that are not
+It belongs behind all passes that read or change weights. Refused, with the reason: ignored and masked layers, weights that are not
 finite, that something else reads too, that gain nothing, and calls that have no functional form.
 
 Papers: Deep Compression (arXiv:1510.00149); arXiv:1612.01543 (Hessian-weighted); arXiv:1701.07204 (optimal in 1-D).
@@ -36,6 +36,7 @@ from fxopt.analysis.weight_sensitivity import squared_gradients
 from fxopt.codebook import CodebookWeight, packed_bytes
 from fxopt.errors import InputError
 from fxopt.kmeans import centroids, nearest
+from fxopt.masking import mask_of
 from fxopt.ops import Call
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
@@ -152,6 +153,8 @@ class ClusterWeights(Pass):
         for item in layers:
             if program.op(item) not in _FUNCTIONS:
                 return f"its weight is read by {item.name} too"
+            if mask_of(program.module_of(item)) is not None:
+                return "it has a mask, which codes would lose: make it permanent with prune_weights(permanent=True)"
             reason = _no_functional_form(program, item)
             if reason is not None:
                 return reason

@@ -9,8 +9,8 @@ that is lost, each output counted as what is behind makes of it.
 How narrow: a rank for all layers (`rank`), a share of each layer's MACs (`ratio`) or of its outputs' variance
 (`energy`), or a budget of MACs for the whole program (`macs`), which goes where it saves the most error.
 
-Refused, with the reason: layers that no rank makes cheaper, that are ignored, called at several places, tied, or not
-modules. Factorize before BatchNorms are folded, run `reestimate_batch_norm` behind.
+Refused, with the reason: layers that no rank makes cheaper, that are ignored, called at several places, tied, masked,
+or not modules. Factorize before BatchNorms are folded, run `reestimate_batch_norm` behind.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ from fxopt.analysis.shapes import shapes
 from fxopt.analysis.tradeoff import Option, choose
 from fxopt.errors import InputError, PassError
 from fxopt.low_rank import Form, Grid, LowRank, Method, Sizes, methods_for
+from fxopt.masking import mask_of
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.progress import progress
 from fxopt.reconstruction import plan_fit, reconstruct
@@ -161,6 +162,8 @@ class FactorizeLowRank(Pass):
             return f"it is called at {places} places"
         if uses[id(layer.weight)] > 1:
             return "its weight is tied to another layer's"
+        if mask_of(layer) is not None:
+            return "it has a mask, which its factors would lose: factorize before prune_weights"
         if self.method != "auto" and self.method not in methods_for(layer):
             return f"it has no {self.method} form"
         if len(program.analysis(shapes)[node.name].shape) < (2 if program.op(node) == "linear" else layer.weight.ndim):

@@ -12,7 +12,8 @@ the scores of all groups. For that the scores are divided by the mean of their g
 errors that add up, by what a channel frees of the budget. Of a group at least `min_channels` and a tenth are left.
 
 Refused, with the reason: groups that reach an input or output of the model, an operator that mixes channels or has no
-rule, or a layer named by `ignore`; groups of no more than `min_channels`; groups that a criterion cannot score.
+rule, or a layer named by `ignore`; groups of no more than `min_channels`; groups that a criterion cannot score. A
+program whose layers have masks (`prune_weights`) is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ from fxopt.analysis.norm_outputs import expected
 from fxopt.analysis.readers import readers
 from fxopt.analysis.statistics import carry, collect
 from fxopt.compensation import compensate, kept_statistics
-from fxopt.errors import PassError
+from fxopt.errors import PassError, PipelineError
+from fxopt.masking import mask_of
 from fxopt.passes_base import Pass, Rewrite, Skip, listed
 from fxopt.program import Program
 from fxopt.reconstruction import Slicer, plan_fit, reconstruct
@@ -107,6 +109,7 @@ class PruneChannels(Pass):
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per group of channels."""
+        _refuse_masks(program)
         channels = program.analysis(BY_ATTENTION[self.attention])
         # here, so that all rewrites share one run over the data
         collect(program, self._layers_to_measure(program, channels))
@@ -273,6 +276,16 @@ class _Whole(NamedTuple):
 def _whole(_: Program) -> _Whole | None:
     """The program that channels were removed from: none, unless one is kept under this name."""
     return None
+
+
+def _refuse_masks(program: Program) -> None:
+    """A mask would have to be cut with its weight, and layers that are fitted again would lose their zeros."""
+    masked = [str(node.target) for node in program.nodes if mask_of(program.module_of(node)) is not None]
+    if masked:
+        raise PipelineError(
+            f"prune_channels cannot cut or fit layers that have a mask ({listed(masked)}): "
+            "put it before prune_weights, or make the masks permanent with prune_weights(permanent=True)"
+        )
 
 
 def _changed(program: Program, channels: Channels, gone: Sequence[int]) -> set[fx.Node]:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import lzma
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -219,7 +220,7 @@ def test_a_manifest_that_is_no_object(folder: Path) -> None:
     [
         ({"format": "other"}, "is of format 'other', not 'fxopt'"),
         ({"format": None}, "is of format None, not 'fxopt'"),
-        ({"format_version": 2}, "has format version 2, this fxopt reads up to 1: upgrade fxopt, or save"),
+        ({"format_version": 3}, "has format version 3, this fxopt reads up to 2: upgrade fxopt, or save"),
         ({"format_version": "1"}, "has the format version '1', which is not a number"),
         ({"format_version": True}, "has the format version True, which is not a number"),
         ({"files": None}, "lists no files"),
@@ -456,3 +457,81 @@ def test_a_default_that_is_a_tensor_must_be_passed_after_loading(tmp_path: Path)
     assert loaded(x, torch.full((3,), 4.0)).tolist() == (x * 4).tolist()
     with pytest.raises(fxopt.InputError, match="mask was left out: its default holds tensors"):
         loaded(x)
+
+
+@pytest.fixture
+def compressed(made: tuple[Program, Engine], tmp_path: Path) -> Path:
+    place = tmp_path / "compressed"
+    program, engine = made
+    artifact.write(
+        place,
+        engine=engine,
+        backend=make_backend("onnx(num_threads=1)"),
+        signature=program.signature,
+        report=program.report,
+        target=program.target,
+        compress=True,
+    )
+    return place
+
+
+def test_compressed_files_are_those_of_the_plain_folder(compressed: Path, folder: Path) -> None:
+    assert sorted(path.name for path in compressed.iterdir()) == ["manifest.json", "model.onnx.xz", "report.json"]
+    manifest = artifact.read(compressed)
+    assert manifest.packed == {"model.onnx": artifact.read(folder).files["model.onnx"]}
+    with lzma.open(compressed / "model.onnx.xz") as file:  # any tool for .xz files reads them
+        assert file.read() == (folder / "model.onnx").read_bytes()
+    with artifact.unpacked(compressed, manifest) as place:
+        assert [path.name for path in place.iterdir()] == ["model.onnx"]
+        assert (place / "model.onnx").read_bytes() == (folder / "model.onnx").read_bytes()
+    assert not place.exists()
+    x, shift = torch.ones(3, 4), torch.ones(3, 3)
+    answers = [fxopt.load(path)(x, shift=shift)["logits"] for path in (compressed, folder)]
+    assert torch.equal(*answers)
+
+
+def test_only_a_compressed_folder_needs_the_newer_format(compressed: Path, folder: Path) -> None:
+    versions = [json.loads((path / "manifest.json").read_text())["format_version"] for path in (folder, compressed)]
+    assert versions == [1, 2]
+    with artifact.unpacked(folder, artifact.read(folder)) as place:
+        assert place == folder
+
+
+def test_a_compressed_folder_is_replaced_by_a_plain_one(compressed: Path, made: tuple[Program, Engine]) -> None:
+    write(compressed, *made)
+    assert sorted(path.name for path in compressed.iterdir()) == ["manifest.json", "model.onnx", "report.json"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"nothing of the kind", "is no readable .xz file"),
+        (lzma.compress(bytes(10_000_000)), "does not hold the 100 bytes that were saved in it"),
+        (lzma.compress(bytes(99)), "does not hold the 100 bytes that were saved in it"),
+        (lzma.compress(b"1" * 100), "does not hold the 100 bytes that were saved in it"),
+        (lzma.compress(bytes(100))[:-20], "is no readable .xz file"),
+    ],
+)
+def test_a_compressed_file_with_other_contents_is_refused(compressed: Path, content: bytes, message: str) -> None:
+    def change(data: dict[str, Any]) -> None:
+        data["files"]["model.onnx.xz"] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+        data["packed"]["model.onnx"] = {"size": 100, "sha256": hashlib.sha256(bytes(100)).hexdigest()}
+
+    (compressed / "model.onnx.xz").write_bytes(content)
+    edit(compressed, change)
+    with pytest.raises(ArtifactError, match=message):
+        fxopt.load(compressed)
+
+
+@pytest.mark.parametrize(
+    ("packed", "message"),
+    [
+        ({"../model.onnx": {"size": 1, "sha256": ""}}, "outside the folder"),
+        ({"other": {"size": 1, "sha256": ""}}, "does not list other.xz"),
+        (["model.onnx"], "lists no packed"),
+    ],
+)
+def test_a_manifest_with_wrong_packed_files(compressed: Path, packed: Any, message: str) -> None:
+    edit(compressed, lambda data: data.update(packed=packed))
+    with pytest.raises(ArtifactError, match=message):
+        artifact.read(compressed)

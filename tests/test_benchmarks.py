@@ -326,12 +326,14 @@ def test_every_benchmark_file_is_found() -> None:
     assert list(discover()) == [
         "cluster_weights",
         "coverage",
+        "factorize_low_rank",
         "fold_batch_norm",
         "merge_branches",
         "overhead",
         "prune_accuracy",
         "prune_channels",
         "prune_speed",
+        "prune_weights",
         "simplify",
     ]
 

@@ -71,6 +71,7 @@ def test_public_names() -> None:
         "FoldBatchNorm",
         "MergeBranches",
         "PruneChannels",
+        "PruneWeights",
         "ReestimateBatchNorm",
         "Simplify",
     ]

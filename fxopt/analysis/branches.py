@@ -10,6 +10,7 @@ from torch import fx
 from fxopt.analysis.affine import Affine, affine_of, formula_of
 from fxopt.analysis.shapes import shapes
 from fxopt.kernels import Convolution, Geometry, geometry_of
+from fxopt.masking import mask_of
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -134,6 +135,8 @@ def _layer_geometry(program: Program, node: fx.Node) -> Geometry | str:
     module = program.module_of(node)
     if module is None:
         return f"{node.name} is a function of a computed weight, not a module"
+    if mask_of(module) is not None:
+        return f"{node.target} has a mask, which a merged layer would lose: merge first, or make the mask permanent"
     geometry = geometry_of(cast(Convolution, module))
     if isinstance(geometry, str):
         return f"{node.target} {geometry}"

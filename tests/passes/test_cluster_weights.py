@@ -12,7 +12,8 @@ from torch import nn
 import fxopt
 from fxopt.codebook import CodebookWeight
 from fxopt.errors import InputError
-from fxopt.passes import ClusterWeights
+from fxopt.manager import PassManager
+from fxopt.passes import ClusterWeights, PruneWeights
 from fxopt.testing import assert_equivalent, assert_pass, assert_skips
 
 CONVOLUTIONS = {
@@ -239,6 +240,15 @@ def test_weights_that_something_else_reads() -> None:
 
     program = fxopt.capture(Peek(), sample(2, 20, dtype=torch.float32))
     assert_skips(ClusterWeights(), program, whys=["its weight is read by linear_weight too"])
+
+
+def test_masked_weights_are_left_alone_and_permanent_zeros_are_not() -> None:
+    model, x = nn.Sequential(nn.Linear(64, 64)).double().eval(), sample(2, 64)
+    program = PassManager([PruneWeights(), ClusterWeights()]).run(fxopt.capture(model, x))
+    (skip,) = program.report.passes[-1].skips
+    assert skip.why == "it has a mask, which codes would lose: make it permanent with prune_weights(permanent=True)"
+    program = PassManager([PruneWeights(permanent=True), ClusterWeights()]).run(fxopt.capture(model, x))
+    assert len(held(program)) == 1
 
 
 def test_other_layers_and_computed_weights() -> None:

@@ -15,7 +15,7 @@ from fxopt.errors import InputError, PassError
 from fxopt.frontends.capture import capture
 from fxopt.low_rank import methods_for
 from fxopt.manager import PassManager
-from fxopt.passes import FactorizeLowRank
+from fxopt.passes import FactorizeLowRank, PruneWeights
 from fxopt.passes_base import Plan, Rewrite
 
 DOUBLE = torch.float64
@@ -289,3 +289,22 @@ def test_half_precision_and_a_model_in_training_mode() -> None:
     )
     whys = {skip.why for skip in training.report.passes[-1].skips}
     assert "no layer is fitted to the data, as values are random in training mode" in whys
+
+
+def test_masked_layers_are_neither_factorized_nor_fitted() -> None:
+    batches = data(8, 8, 10, 10)
+    masked = PassManager([PruneWeights(sparsity=0.5, ignore=("0",))]).run(
+        capture(trained_net(batches), batches[0], calibration=batches)
+    )
+    plan = Plan.of(FactorizeLowRank(ratio=0.5, round_to=1), masked)
+    whys = {skip.node: skip.why for skip in plan.skips}
+    assert {"_3", "_6", "_9"} <= set(whys)
+    zeros = int((masked.module.get_parameter("3.weight") == 0).sum())
+    left = PassManager([FactorizeLowRank(ratio=0.5, round_to=1)]).run(masked)
+    assert "0_reduce.weight" in left.module.state_dict()
+    assert int((left.module.get_parameter("3.weight") == 0).sum()) == zeros
+    reasons = [skip.why for skip in plan.skips if skip.node == "_3"]
+    assert reasons == [
+        "it has a mask, which its factors would lose: factorize before prune_weights",
+        "is not fitted to the data: it has a mask, which a fit would fill",
+    ]
