@@ -10,8 +10,8 @@ saves bytes, not time: the layer computes with the weight that they stand for.
 Convolutions, linear layers and embeddings are clustered; biases and norms are left alone. Layers that share a weight go
 together and go on sharing it. No more values than clusters: nothing is lost.
 
-It belongs behind all passes that read or change weights. Refused, with the reason: ignored and masked layers, weights that are not
-finite, that something else reads too, that gain nothing, and calls that have no functional form.
+It belongs behind all passes that read or change weights. Refused, with the reason: ignored and masked layers, weights
+that are not finite, that something else reads too, that gain nothing, and calls that have no functional form.
 
 Papers: Deep Compression (arXiv:1510.00149); arXiv:1612.01543 (Hessian-weighted); arXiv:1701.07204 (optimal in 1-D).
 """
