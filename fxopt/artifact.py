@@ -29,6 +29,7 @@ from typing import Any, cast
 
 from fxopt.backend import Backend, Engine, TensorSpec
 from fxopt.errors import ArtifactError, first_line
+from fxopt.packing import SUFFIX, pack, unpack
 from fxopt.report import Report
 from fxopt.signature import Signature
 from fxopt.target import Target
@@ -41,7 +42,6 @@ MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 
 _PLAIN_VERSION = 1  # without compressed files
-_PACKED = ".xz"
 _RECORDED_PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime")
 _CHUNK = 1 << 20
 _AGAIN = "save the engine again"
@@ -120,7 +120,8 @@ def write(
         draft.mkdir()
         try:
             engine.save(draft)
-            packed = _pack(draft) if compress else {}
+            packed = _listing(draft) if compress else {}
+            pack(draft, packed)
             _write_json(draft / REPORT_FILE, report.to_json())
             _write_json(
                 draft / MANIFEST_FILE,
@@ -161,9 +162,9 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
         _check_digest(place, data)
         files = _files(place, data, "files")
         packed = _files(place, data, "packed") if "packed" in data else {}
-        missing = next((name for name in packed if name + _PACKED not in files), None)
+        missing = next((name for name in packed if name + SUFFIX not in files), None)
         if missing is not None:
-            raise ArtifactError(f"{place / MANIFEST_FILE} does not list {missing}{_PACKED}: {_AGAIN}")
+            raise ArtifactError(f"{place / MANIFEST_FILE} does not list {missing}{SUFFIX}: {_AGAIN}")
         for name, (size, digest) in files.items():
             _verify(place, name, size, digest)
         if REPORT_FILE not in files:
@@ -207,46 +208,8 @@ def unpacked(directory: str | os.PathLike[str], manifest: Manifest) -> Iterator[
     with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
         with _explained(f"cannot unpack {place}", "make room in the folder for temporary files, or set TMPDIR"):
             for name, (size, digest) in manifest.packed.items():
-                _unpack(place / f"{name}{_PACKED}", Path(folder) / name, size, digest)
+                unpack(place / f"{name}{SUFFIX}", Path(folder) / name, size, digest)
         yield Path(folder)
-
-
-def _pack(folder: Path) -> dict[str, Any]:
-    """Compresses all files of a folder; what the manifest says of their contents."""
-    import lzma
-
-    # What predicts a byte of a weight is where it is in its number of 4 bytes, not the byte before. Measured on the
-    # weights of EfficientNet-Lite0 at a sparsity of 0 / 0.5 / 0.9: 86 / 50 / 14 % are left; by xz's default 91 / 51 /
-    # 14 at half to a tenth of the speed, by zlib 92 / 55 / 16. ONNX's sparse initializers take 150 / 31 % at 0.5 / 0.9,
-    # as positions are int64, and the ONNX checker infers no shapes from them.
-    filters = [{"id": lzma.FILTER_LZMA2, "preset": 1, "lc": 0, "lp": 2, "pb": 2}]
-    listing = _listing(folder)
-    for name in listing:
-        path = folder / name
-        with path.open("rb") as source, lzma.open(folder / f"{name}{_PACKED}", "wb", filters=filters) as goal:
-            shutil.copyfileobj(source, goal, _CHUNK)
-        path.unlink()
-    return listing
-
-
-def _unpack(source: Path, goal: Path, size: int, digest: str) -> None:
-    import lzma
-
-    goal.parent.mkdir(parents=True, exist_ok=True)
-    seen, left = hashlib.sha256(), size
-    try:
-        with lzma.open(source) as file, goal.open("wb") as out:
-            # no further than the size: a small file may hold any number of zeros
-            while chunk := file.read(min(_CHUNK, left + 1)):
-                left -= len(chunk)
-                if left < 0:
-                    break
-                seen.update(chunk)
-                out.write(chunk)
-    except (lzma.LZMAError, EOFError) as error:
-        raise ArtifactError(f"{source} is no readable .xz file ({error}); {_AGAIN}") from error
-    if left or seen.hexdigest() != digest:
-        raise ArtifactError(f"{source} does not hold the {size} bytes that were saved in it; {_AGAIN}")
 
 
 @contextmanager
