@@ -224,6 +224,7 @@ def compile_model(
     inputs: Inputs = None,
     dynamic_batch: Annotated[bool, typer.Option(help="keep the batch size open")] = True,
     frontend: HowCaptured = "auto",
+    compress: Annotated[bool, typer.Option("--compress", help="save compressed files: for weights with zeros")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Compile a model into a folder that fxopt run and fxopt.load read.
@@ -241,7 +242,7 @@ def compile_model(
             dynamic_batch=dynamic_batch,
             frontend=frontend,
         )
-        compiled.save(directory)
+        compiled.save(directory, compress=compress)
     if as_json:
         output.json(compiled.report.to_json())
         return

@@ -162,6 +162,21 @@ def test_compile_then_run(command: Command) -> None:
     torch.testing.assert_close(y, zoo_make()(x).detach(), rtol=1e-3, atol=1e-4)
 
 
+def test_compile_saves_compressed_files(command: Command) -> None:
+    passes = ("--passes", "prune_weights(sparsity=0.9)", "--backend", "onnx(num_threads=1)")
+    for name, options in {"plain": (), "small": ("--compress",)}.items():
+        result = command("compile", "zoo:make", "--input", SHAPE, *passes, "-o", name, *options)
+        assert result.code == 0, result.err
+    assert Path("small/model.onnx.xz").stat().st_size < Path("plain/model.onnx").stat().st_size
+    save_file({"x": torch.randn(5, 3, 8, 8)}, "x.safetensors")
+    outputs = []
+    for name in ("plain", "small"):
+        result = command("run", name, "--input", "x.safetensors", "--save-outputs", f"{name}.safetensors")
+        assert result.code == 0, result.err
+        outputs += load_file(f"{name}.safetensors").values()
+    assert torch.equal(*outputs)
+
+
 def test_compile_prints_the_report_as_json(command: Command) -> None:
     result = command("compile", "zoo:make", "--input", SHAPE, "--backend", "eager", "-o", "engine", "--json")
     report = fxopt.Report.from_json(json.loads(result.out))
