@@ -19,7 +19,6 @@ References: ThiNet (arXiv:1707.06342) for the patches; Zhang et al. (arXiv:1505.
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,12 +27,12 @@ from torch import Tensor, fx, nn
 
 from fxopt import edit
 from fxopt.absorption import absorbing_norm, add_offset, rescale
-from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.destinations import Destination, destination
 from fxopt.analysis.liveness import unused_after, windows
 from fxopt.analysis.patches import PatchLayer
 from fxopt.analysis.samples import Seen, samples, wide
 from fxopt.analysis.shapes import shapes
+from fxopt.analysis.weight_uses import reason_shared
 from fxopt.errors import InputError
 from fxopt.masking import mask_of
 from fxopt.passes_base import Rewrite, Skip, listed
@@ -65,13 +64,12 @@ def layers_behind(program: Program, nodes: Collection[fx.Node]) -> Iterator[tupl
         The call, and why `reconstruct` leaves that layer as it is; None if it can be fitted.
     """
     behind: set[fx.Node] = set()
-    uses = Counter(id(tensor) for node in program.nodes for tensor in held_tensors(program, node))
     for node in program.nodes:
         if any(source in nodes or source in behind for source in node.all_input_nodes):
             behind.add(node)
             call = program.call(node)
             if call.op == "linear" or call.op.startswith("conv"):
-                yield node, _reason_not_to_fit(program, node, call.module, uses)
+                yield node, _reason_not_to_fit(program, node, call.module)
 
 
 def plan_fit(
@@ -105,16 +103,14 @@ def plan_fit(
         yield Rewrite(layers[0], f"fit {len(layers)} layers to what they gave: {listed(layers)}", {"fit": layers})
 
 
-def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any, uses: Mapping[int, int]) -> str | None:
+def _reason_not_to_fit(program: Program, node: fx.Node, layer: Any) -> str | None:
     if layer is None:
         return "it is a function, not a module"
     if program.op(node).startswith("conv_transpose"):
         return "it is a transposed convolution"
-    places = len(program.callers(node))
-    if places > 1:
-        return f"it is called at {places} places"
-    if uses[id(layer.weight)] > 1:
-        return "its weight is tied to another layer's"
+    shared = reason_shared(program, node)
+    if shared is not None:
+        return shared
     if mask_of(layer) is not None:
         return "it has a mask, which a fit would fill"
     source = program.analysis(shapes)[cast("fx.Node", program.call(node).arguments["input"]).name]

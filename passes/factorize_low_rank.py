@@ -15,7 +15,6 @@ or not modules. Factorize before BatchNorms are folded, run `reestimate_batch_no
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -26,7 +25,6 @@ from torch import Tensor, fx, nn
 
 from fxopt import edit
 from fxopt.absorption import add_offset
-from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.costs import macs_by_node
 from fxopt.analysis.destinations import destination
 from fxopt.analysis.layer_moments import layer_moments
@@ -34,6 +32,7 @@ from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.patches import PatchLayer
 from fxopt.analysis.shapes import shapes
 from fxopt.analysis.tradeoff import Option, choose
+from fxopt.analysis.weight_uses import reason_shared
 from fxopt.errors import InputError, PassError
 from fxopt.low_rank import Form, Grid, LowRank, Method, Sizes, methods_for
 from fxopt.masking import mask_of
@@ -99,11 +98,10 @@ class FactorizeLowRank(Pass):
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per layer."""
-        uses = Counter(id(tensor) for node in program.nodes for tensor in held_tensors(program, node))
         layers: list[fx.Node] = []
         for node in program.nodes:
             if program.op(node) in _KINDS:
-                reason = self._reason_to_leave(program, node, uses)
+                reason = self._reason_to_leave(program, node)
                 if reason is None:
                     layers.append(node)
                 else:
@@ -150,18 +148,16 @@ class FactorizeLowRank(Pass):
         add_offset(program, node, factors.offset)
         keep(program, _original, cast("Program | None", original))
 
-    def _reason_to_leave(self, program: Program, node: fx.Node, uses: Counter[int]) -> str | None:
+    def _reason_to_leave(self, program: Program, node: fx.Node) -> str | None:
         """Why a layer is left alone, whatever its forms; None if it is not."""
         layer: Any = program.module_of(node)
         if layer is None:
             return "it is a function, not a module"
         if any(fnmatch(str(node.target), pattern) for pattern in self.ignore):
             return "ignored"
-        places = len(program.callers(node))
-        if places > 1:
-            return f"it is called at {places} places"
-        if uses[id(layer.weight)] > 1:
-            return "its weight is tied to another layer's"
+        shared = reason_shared(program, node)
+        if shared is not None:
+            return shared
         if mask_of(layer) is not None:
             return "it has a mask, which its factors would lose: factorize before prune_weights"
         if self.method != "auto" and self.method not in methods_for(layer):

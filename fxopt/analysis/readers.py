@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, fx
 
 from fxopt.analysis.channels import Channels
-from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.destinations import destination
+from fxopt.analysis.weight_uses import weight_uses
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -53,7 +52,7 @@ class Reader(NamedTuple):
 
 def readers(program: Program, channels: Channels) -> Iterator[Reader]:
     """The convolutions and linear layers that mix all their input channels, and whose weight nothing else uses."""
-    uses = Counter(id(tensor) for node in program.nodes for tensor in held_tensors(program, node))
+    uses = program.analysis(weight_uses)
     for item in channels.members:
         if item.name != "weight" or item.axis is None:
             continue
