@@ -19,6 +19,7 @@ from fxopt.compare import compare
 from fxopt.errors import BackendError, BackendUnavailable, InputError
 from fxopt.frontends.capture import Frontend
 from fxopt.frontends.capture import capture as _capture
+from fxopt.layer_times import LayerTimes
 from fxopt.manager import OnFailure, OnNoMatch, PassManager, Verify
 from fxopt.ops import DROPOUTS, MODE_DEPENDENT
 from fxopt.passes_base import Pass, Plan
@@ -178,6 +179,7 @@ def optimize(
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
     target: Target | None = None,
+    backend: str | Backend | None = None,
     verify: Verify = "numerics",
     on_no_match: OnNoMatch = "warn",
     on_failure: OnFailure = "rollback",
@@ -185,12 +187,14 @@ def optimize(
 ) -> Program:
     """Captures a model and runs the passes, without lowering: `program.module` is an `nn.Module` that trains.
 
-    Arguments and errors are those of `compile`.
+    Arguments and errors are those of `compile`, but that `backend` is asked only how fast layers are on it, by passes
+    with `gate="time"`.
     """
     manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
-    return manager.run(
-        _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
-    )
+    program = _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
+    if backend is not None:
+        program.layer_times = LayerTimes(make_backend(backend), program.target)
+    return manager.run(program)
 
 
 def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto") -> Program:
@@ -211,6 +215,7 @@ def explain(
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
     target: Target | None = None,
+    backend: str | Backend | None = None,
     frontend: Frontend = "auto",
 ) -> list[Plan]:
     """What each pass would do and what it would leave alone, with reasons. Nothing is applied to the model or program.
@@ -222,16 +227,19 @@ def explain(
         calibration: as for `compile`.
         loss: as for `compile`.
         target: as for `compile`.
+        backend: what engine is meant, for passes with `gate="time"`.
         frontend: as for `compile`.
     """
     manager = PassManager(passes)
     if isinstance(model, Program):
         if example_inputs is not None:
             raise InputError("a program has its example inputs: write explain(program, passes=...)")
-        return manager.explain(model)
-    return manager.explain(
-        _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
-    )
+        program = model.copy()
+    else:
+        program = _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
+    if backend is not None:
+        program.layer_times = LayerTimes(make_backend(backend), program.target)
+    return manager.explain(program)
 
 
 def load(path: str | Path) -> Compiled:
@@ -288,6 +296,7 @@ class _Pending:
         )
         if not self.backend.runs_training:
             _refuse_training(program, self.backend)
+        program.layer_times = LayerTimes(self.backend, program.target)
         program = self.manager.run(program)
         if self.dynamic_batch and program.fixed_batch is not None:
             batch_warning = f"the engine takes the batch size of the example inputs only: {program.fixed_batch}"

@@ -186,6 +186,10 @@ def explain(
     context: typer.Context,
     model: Model,
     passes: Passes = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(metavar="SPEC", help="what engine is meant, for passes with gate='time'", show_default=False),
+    ] = None,
     weights: Weights = None,
     inputs: Inputs = None,
     frontend: HowCaptured = "auto",
@@ -198,7 +202,7 @@ def explain(
     output: Output = context.obj
     module, example = _model(output, model, weights, inputs)
     with output.progress("planning"):
-        plans = fxopt.explain(module, example, _specs(passes), frontend=frontend)
+        plans = fxopt.explain(module, example, _specs(passes), backend=backend, frontend=frontend)
     if as_json:
         output.json([_plan_json(plan) for plan in plans])
         return

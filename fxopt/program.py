@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -18,6 +18,9 @@ from fxopt.report import Cost, Report
 from fxopt.sharing import buffers_restored, keep_persistence, share_module, without_graph
 from fxopt.signature import Signature
 from fxopt.target import Target
+
+if TYPE_CHECKING:
+    from fxopt.layer_times import LayerTimes
 
 __all__ = ["BatchAxis", "Loss", "Program"]
 
@@ -44,6 +47,7 @@ class Program:
         example_inputs: flat tensors, as given at capture.
         calibration: the caller's iterable of batches, or None.
         target: where the engine will run.
+        layer_times: how long layers take on the backend that it is for; None if that is not known.
         batch: the batch axis, or None if the batch size is fixed.
         loss: what the outputs and the targets of a calibration batch come to, a scalar tensor; None for a usual choice.
         fixed_batch: why the batch size is fixed; None if it is not, or if there is no batch.
@@ -78,6 +82,7 @@ class Program:
         self.loss: Loss | None = None
         self.calibration = calibration
         self.target = target or Target.detect()
+        self.layer_times: LayerTimes | None = None
         self.properties: frozenset[str] = frozenset()
         self.report = Report()
 

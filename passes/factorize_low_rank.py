@@ -7,10 +7,11 @@ was there before (`fit`, `fxopt/reconstruction.py`). The error of a layer is the
 that is lost, each output counted as what is behind makes of it.
 
 How narrow: a rank for all layers (`rank`), a share of each layer's MACs (`ratio`) or of its outputs' variance
-(`energy`), or a budget of MACs for the whole program (`macs`), which goes where it saves the most error.
+(`energy`), or a budget of MACs for the whole program (`macs`), which goes where it saves the most error. With
+`gate="time"` only forms count that are faster than the layer where the program is to run (`fxopt/layer_times.py`).
 
-Refused, with the reason: layers that no rank makes cheaper, that are ignored, called at several places, tied, masked,
-or not modules. Factorize before BatchNorms are folded, run `reestimate_batch_norm` behind.
+Refused, with the reason: layers that no form makes cheaper or faster, that are ignored, called at several places,
+tied, masked, or not modules. Factorize before BatchNorms are folded, run `reestimate_batch_norm` behind.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor, fx, nn
@@ -34,7 +35,8 @@ from fxopt.analysis.shapes import shapes
 from fxopt.analysis.tradeoff import Option, choose
 from fxopt.analysis.weight_uses import reason_shared
 from fxopt.errors import InputError, PassError
-from fxopt.low_rank import Form, Grid, LowRank, Method, Sizes, methods_for
+from fxopt.layer_times import WORTH, Gate, time_ratio
+from fxopt.low_rank import Factors, Form, Grid, LowRank, Method, Sizes, methods_for
 from fxopt.masking import mask_of
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.progress import progress
@@ -47,6 +49,7 @@ __all__ = ["FactorizeLowRank"]
 
 _KINDS = ("linear", "conv1d", "conv2d", "conv3d")
 _LONGEST = 4608  # values of a patch, whose covariance is looked at
+_NARROWER = 0.8  # of the MACs of a form that is too slow: what is tried next
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,6 +65,8 @@ class FactorizeLowRank(Pass):
             1 x 1) where a layer has that form; "auto" takes what loses the least. Linear layers have "svd".
         whiten: with calibration data, keep what the outputs are on these; else the plain SVD of the weights.
         fit: with calibration data, fit the layers to what they gave before.
+        gate: what a layer's form has to save: "macs", or "time" as it is measured on the backend, which takes about a
+            second for each shape of a layer.
         round_to: ranks are multiples of this; 8 suits most kernels. `rank` is taken as it is.
         ignore: patterns of layer paths, "head.*", that are left alone.
     """
@@ -75,6 +80,7 @@ class FactorizeLowRank(Pass):
     method: Method | Literal["auto"] = "auto"
     whiten: bool = True
     fit: bool = True
+    gate: Gate = "macs"
     round_to: int = 8
     ignore: tuple[str, ...] = ()
 
@@ -92,6 +98,8 @@ class FactorizeLowRank(Pass):
                 raise ValueError(f"{name} must be an integer of at least 1, not {number!r}")
         if self.method not in ("auto", *get_args(Method)):
             raise ValueError(f"method must be 'auto', 'svd', 'spatial' or 'tucker', not {self.method!r}")
+        if self.gate not in get_args(Gate):
+            raise ValueError(f"gate must be 'macs' or 'time', not {self.gate!r}")
         ignored: object = self.ignore
         if isinstance(ignored, str):
             raise ValueError(f"ignore must be a tuple of patterns: write ({self.ignore!r},) for this one alone")
@@ -108,16 +116,18 @@ class FactorizeLowRank(Pass):
                     yield Skip(node.name, reason)
         found = self._low_rank(program, [node.name for node in layers])
         changed = []
-        for node, form in zip(layers, self._chosen(program, [found[node.name] for node in layers]), strict=True):
+        for node, form in zip(layers, self._worthwhile(program, layers, found), strict=True):
             if isinstance(form, str):
                 yield Skip(node.name, form)
                 continue
             changed.append(node)
             ranks = " and ".join(map(str, form.ranks))
-            share = form.macs / found[node.name].macs
+            taken = f"{form.macs / found[node.name].macs:.0%} of its MACs"
+            if self.gate == "time":
+                taken += f" and {self._time_ratio(program, node, found[node.name], form):.0%} of its time"
             yield Rewrite(
                 node.name,
-                f"{form.method} of {node.target} through {ranks} channels: {share:.0%} of its MACs, "
+                f"{form.method} of {node.target} through {ranks} channels: {taken}, "
                 f"loses {form.error:.2%} of its outputs",
                 {"method": form.method, "ranks": list(form.ranks)},
             )
@@ -137,10 +147,8 @@ class FactorizeLowRank(Pass):
             raise PassError(f"{rewrite.node} has no {method} form", pass_name=self.name, node=rewrite.node)
         found = self._low_rank(original, [rewrite.node])
         factors = found[rewrite.node].factors(method, ranks)
-        modules = [_make(layer, weight, place, method) for place, weight in enumerate(factors.weights)]
+        modules = _layers(layer, factors, method)
         last = modules[-1]
-        if layer.bias is not None:
-            last.bias = nn.Parameter(layer.bias.detach(), layer.bias.requires_grad)
         source = cast("fx.Node", program.call(node).arguments["input"])
         for name, module in zip(("reduce", "core"), modules[:-1], strict=False):
             source = edit.insert_before(program, node, module, (source,), name=f"{node.target}_{name}")
@@ -166,50 +174,88 @@ class FactorizeLowRank(Pass):
             return "what it reads has no batch axis"
         return None
 
-    def _chosen(self, program: Program, layers: Sequence[LowRank]) -> Iterator[Form | str]:
-        """The form of each layer, or why it has none."""
+    def _worthwhile(self, program: Program, nodes: list[fx.Node], found: dict[str, LowRank]) -> list[Form | str]:
+        """The form of each layer, or why it has none.
+
+        Of forms that are too slow narrower ones are tried, and other methods.
+        """
+        layers = [found[node.name] for node in nodes]
+        candidates = [_Candidates(layer.forms, self._no_gain) for layer in layers]
+        while True:
+            chosen = list(self._chosen(program, layers, candidates))
+            tried = (
+                [place for place, form in enumerate(chosen) if isinstance(form, Form)] if self.gate == "time" else []
+            )
+            slow = False
+            with progress("timing layers", len(tried), "layers") as advance:
+                for place in tried:
+                    form = cast("Form", chosen[place])
+                    ratio = self._time_ratio(program, nodes[place], layers[place], form)
+                    if ratio > WORTH:
+                        slow = True
+                        candidates[place] = candidates[place].without(form, ratio)
+                    advance(1)
+            if not slow:
+                return chosen
+
+    def _time_ratio(self, program: Program, node: fx.Node, layer: LowRank, form: Form) -> float:
+        module = cast("nn.Module", program.module_of(node))
+        source = program.analysis(shapes)[cast("fx.Node", program.call(node).arguments["input"]).name]
+        return time_ratio(program, module, _layers(module, layer.factors(form.method, form.ranks), form.method), source)
+
+    def _chosen(
+        self, program: Program, layers: Sequence[LowRank], candidates: Sequence[_Candidates]
+    ) -> Iterator[Form | str]:
+        """The form of each layer that loses the least, or why it has none."""
         if self.macs is not None:
-            yield from self._within_budget(program, layers)
+            yield from self._within_budget(program, layers, candidates)
             return
-        for layer in layers:
-            if not layer.forms:
-                yield self._no_gain
+        for layer, (forms, none) in zip(layers, candidates, strict=True):
+            if not forms:
+                yield none
             elif self.energy is not None:
-                good = [form for form in layer.forms if 1 - form.error >= self.energy]
+                good = [form for form in forms if 1 - form.error >= self.energy]
                 least = min(good, key=lambda form: (form.macs, form.error), default=None)
-                yield least or f"no form that keeps {self.energy:.0%} of its outputs saves MACs"
+                yield least or f"no form that keeps {self.energy:.0%} of its outputs saves {self._saved}"
             else:
                 limit = layer.macs * (1.0 if self.ratio is None else self.ratio)
-                small = [form for form in layer.forms if form.macs <= limit]
+                small = [form for form in forms if form.macs <= limit]
                 best = min(small, key=lambda form: (form.error, form.macs), default=None)
                 yield best or f"no form takes {self.ratio:.0%} of its MACs or less"
 
     @property
     def _no_gain(self) -> str:
-        """Why a layer without forms is left alone."""
         if self.rank is not None:
             return f"rank {self.rank} saves no MACs"
         return f"no rank that is a multiple of {self.round_to} saves MACs"
 
-    def _within_budget(self, program: Program, layers: Sequence[LowRank]) -> Iterator[Form | str]:
+    @property
+    def _saved(self) -> str:
+        return "MACs" if self.gate == "macs" else "MACs and time"
+
+    def _within_budget(
+        self, program: Program, layers: Sequence[LowRank], candidates: Sequence[_Candidates]
+    ) -> Iterator[Form | str]:
         whole = sum(program.analysis(macs_by_node).values())
         rest = whole - sum(layer.macs for layer in layers)
         things = [
-            [Option(layer.macs, 0.0), *(Option(form.macs, form.error) for form in layer.forms)] for layer in layers
+            [Option(layer.macs, 0.0), *(Option(form.macs, form.error) for form in forms)]
+            for layer, (forms, _) in zip(layers, candidates, strict=True)
         ]
         budget = cast("float", self.macs) * whole - rest
         least = sum(min(option.cost for option in options) for options in things)
         if least > budget:
+            narrowest = "narrowest form" if self.gate == "macs" else "narrowest form that was not found too slow"
             raise InputError(
-                f"macs of {self.macs:g} cannot be reached: with the narrowest form of every layer "
+                f"macs of {self.macs:g} cannot be reached: with the {narrowest} of every layer "
                 f"{(least + rest) / whole:.0%} are left. fxopt.explain shows what is left alone, and why; "
                 "a smaller round_to gives narrower forms."
             )
-        for layer, place in zip(layers, choose(things, budget), strict=True):
-            if not layer.forms:
-                yield self._no_gain
+        for (forms, none), place in zip(candidates, choose(things, budget), strict=True):
+            if not forms:
+                yield none
             else:
-                yield layer.forms[place - 1] if place else "the budget is met without it"
+                yield forms[place - 1] if place else "the budget is met without it"
 
     def _low_rank(self, program: Program, layers: Sequence[str]) -> dict[str, LowRank]:
         """The forms of layers, which are kept with the program."""
@@ -271,6 +317,29 @@ def _scale(program: Program, node: fx.Node, layer: nn.Module) -> Tensor:
     if scale.ndim > 1 and scale.shape[axis] == scale.numel() == count:
         return scale.reshape(-1)
     return torch.ones(count, dtype=torch.float64, device=scale.device)
+
+
+class _Candidates(NamedTuple):
+    """The forms that a layer may take, and what to say if there are none."""
+
+    forms: tuple[Form, ...]
+    none: str
+
+    def without(self, form: Form, ratio: float) -> _Candidates:
+        """What is left once a form turned out to be slow, with all others of its method but much narrower ones."""
+        left = (other for other in self.forms if other.method != form.method or other.macs < _NARROWER * form.macs)
+        ranks = " and ".join(map(str, form.ranks))
+        return _Candidates(
+            tuple(left), f"no form is faster: {form.method} through {ranks} channels takes {ratio:.0%} of its time"
+        )
+
+
+def _layers(layer: Any, factors: Factors, method: Method) -> list[Any]:
+    """The layers of a form, in the order in which they run; the last one has the bias."""
+    made = [_make(layer, weight, place, method) for place, weight in enumerate(factors.weights)]
+    if layer.bias is not None:
+        made[-1].bias = nn.Parameter(layer.bias.detach(), layer.bias.requires_grad)
+    return made
 
 
 def _make(layer: Any, weight: Tensor, place: int, method: Method) -> Any:

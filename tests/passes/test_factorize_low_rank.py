@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from fxopt.low_rank import methods_for
 from fxopt.manager import PassManager
 from fxopt.passes import FactorizeLowRank, PruneWeights
 from fxopt.passes_base import Plan, Rewrite
+from tests.slow_backend import SlowBackend
 
 DOUBLE = torch.float64
 
@@ -253,12 +255,40 @@ def test_layers_that_share_are_left_alone() -> None:
         ({"rank": 0}, "rank must be an integer of at least 1, not 0"),
         ({"rank": 2, "round_to": 2.5}, "round_to must be an integer of at least 1, not 2.5"),
         ({"rank": 2, "method": "cp"}, "method must be 'auto', 'svd', 'spatial' or 'tucker', not 'cp'"),
+        ({"rank": 2, "gate": "size"}, "gate must be 'macs' or 'time', not 'size'"),
         ({"rank": 2, "ignore": "head"}, "ignore must be a tuple"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FactorizeLowRank(**options)
+
+
+def test_only_forms_that_are_faster_count_if_time_is_what_has_to_be_saved() -> None:
+    x = data(2, 8, 10, 10)[0]
+    model = trained_net([x])
+
+    def plan(by: str, **options: Any) -> Plan:
+        pass_ = FactorizeLowRank(gate="time", method="svd", round_to=4, **options)
+        return fxopt.explain(model, x, [pass_], backend=SlowBackend(by=by))[0]
+
+    by_macs = plan("macs", ratio=0.5)
+    assert [rewrite.node for rewrite in by_macs.rewrites] == ["_0", "_3"]
+    for rewrite in by_macs.rewrites:
+        macs, time = re.findall(r"(\d+)% of its (?:MACs|time)", rewrite.what)
+        assert abs(int(macs) - int(time)) < 25
+    by_layers = plan("layers", ratio=0.5)
+    assert by_layers.rewrites == []
+    assert [
+        bool(re.match(r"no form is faster: svd through \d+ channels takes \d+% of its", skip.why))
+        for skip in by_layers.skips
+    ] == [True, True, False, False]
+    with pytest.raises(
+        InputError, match=r"the narrowest form that was not found too slow of every layer \d+% are left"
+    ):
+        plan("layers", macs=0.5)
+    with pytest.raises(InputError, match="pass backend="):
+        fxopt.optimize(model, x, [FactorizeLowRank(ratio=0.5, gate="time")])
 
 
 def test_it_trains_runs_in_onnx_at_any_batch_size_and_folds_behind() -> None:
