@@ -2,6 +2,9 @@
 
     weight.flatten() = codebook[row, code],   code < 2^bits,   one row for all, or one for each index of axis 0
 
+Where weights were pruned, code 0 stands for zero, which is no centroid, so that training leaves it; and code c for
+centroid c - 1.
+
 A code of 3 bits does not fill bytes. So codes are split into fields of 8, 4, 2 and 1 bits, as the binary digits of
 `bits` say (3 = 2 + 1), and each field is packed without a gap: of a field of 4 bits, the first half of the codes lies
 in the low bits of its bytes and the second half in the high ones, so that one division unpacks each part.
@@ -23,35 +26,42 @@ class CodebookWeight(nn.Module):
 
     Attributes:
         codes: packed, uint8.
-        codebook: the centroids, [rows, clusters].
+        codebook: the centroids, [rows, centroids].
         shape: of the weight.
         bits: of a code.
+        zero: whether code 0 stands for zero.
     """
 
     codes: Tensor
 
-    def __init__(self, codes: Tensor, codebook: nn.Parameter, shape: tuple[int, ...], bits: int) -> None:
+    def __init__(
+        self, codes: Tensor, codebook: nn.Parameter, shape: tuple[int, ...], bits: int, *, zero: bool = False
+    ) -> None:
         """Packs the codes.
 
         Args:
-            codes: whole numbers below the number of clusters, one for each element of the weight, in its order.
-            codebook: [rows, clusters], one row, or as many as axis 0 of the weight has indices.
+            codes: whole numbers, one for each element of the weight, in its order: places in the codebook; with `zero`
+                0 for zero, and behind it these.
+            codebook: [rows, centroids], one row, or as many as axis 0 of the weight has indices.
             shape: of the weight.
             bits: of a code, 1 to 8.
+            zero: whether code 0 stands for zero.
         """
         super().__init__()
-        self.shape, self.bits = tuple(shape), bits
+        self.shape, self.bits, self.zero = tuple(shape), bits, zero
         self.codebook = codebook
         self.register_buffer("codes", _packed(codes.reshape(-1), bits))
 
     def forward(self) -> Tensor:
         """The weight, in the codebook's data type."""
         codes = _unpacked(self.codes, math.prod(self.shape), self.bits)
-        return torch.gather(self.codebook, 1, codes.reshape(len(self.codebook), -1)).reshape(self.shape)
+        values = nn.functional.pad(self.codebook, (1, 0)) if self.zero else self.codebook
+        return torch.gather(values, 1, codes.reshape(len(values), -1)).reshape(self.shape)
 
     def extra_repr(self) -> str:
         """What the text of a program shows."""
-        rows, clusters = self.codebook.shape
+        rows, centroids = self.codebook.shape
+        clusters = f"{centroids} and zero" if self.zero else str(centroids)
         return f"{list(self.shape)}, bits={self.bits}, clusters={clusters}" + (f" in {rows} rows" if rows > 1 else "")
 
 

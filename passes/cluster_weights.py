@@ -8,10 +8,11 @@ weight is held as codes and codebook (`fxopt.codebook`), in memory, in saved fil
 saves bytes, not time: the layer computes with the weight that they stand for.
 
 Convolutions, linear layers and embeddings are clustered; biases and norms are left alone. Layers that share a weight go
-together and go on sharing it. No more values than clusters: nothing is lost.
+together and go on sharing it. No more values than clusters: nothing is lost. Weights that were pruned stay zero, in
+training too: one of the clusters is zero if the layer has a mask, or more zeros than a cluster has weights on average.
 
-It belongs behind all passes that read or change weights. Refused, with the reason: ignored and masked layers, weights
-that are not finite, that something else reads too, that gain nothing, and calls that have no functional form.
+It belongs behind all passes that read or change weights. Refused, with the reason: ignored layers, weights that are not
+finite, that something else reads too, that gain nothing, and calls that have no functional form.
 
 Papers: Deep Compression (arXiv:1510.00149); arXiv:1612.01543 (Hessian-weighted); arXiv:1701.07204 (optimal in 1-D).
 """
@@ -56,6 +57,7 @@ _FUNCTIONS: dict[str, Any] = {
 }
 _OTHER_LAYERS = frozenset({"lstm", "gru", "rnn", "bilinear", "embedding_bag", "multi_head_attention"})
 _LEAST_SENSITIVITY = 1e-6  # of the mean: weights that the data do not reach are clustered too
+_UNCOUNTED = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +75,7 @@ class ClusterWeights(Pass):
     """
 
     name: ClassVar[str] = "cluster_weights"
+    provides: ClassVar[frozenset[str]] = frozenset({"clustered"})
 
     n_clusters: int | None = None
     bits: int | None = None
@@ -126,7 +129,10 @@ class ClusterWeights(Pass):
         layers = [program.node(name) for name in rewrite.params["layers"]]
         fisher = measured(program, squared_gradients) if self.sensitivity == "fisher" else None
         weight = _weight(program, layers[0])
-        held = self._held(weight, None if fisher is None else fisher[f"{layers[0].target}.weight"])
+        mask = mask_of(program.module_of(layers[0]))
+        values = weight if mask is None else nn.Parameter(weight.detach().masked_fill(~mask, 0), weight.requires_grad)
+        importance = None if fisher is None else fisher[f"{layers[0].target}.weight"]
+        held = self._held(values, importance, zero=self._has_zero(program, layers[0]))
         _call_with(program, layers, held)
         if fisher is not None:
             # of the trained weights, by which the layers that follow are to be clustered too
@@ -143,7 +149,10 @@ class ClusterWeights(Pass):
             fisher = measured(program, squared_gradients)[f"{node.target}.weight"]
             if not bool(fisher.any()):
                 return Skip(node.name, "the loss does not depend on its weight on the calibration data")
-        what = f"cluster {', '.join(paths)}: {weight.nbytes} to {self._bytes(weight)} bytes"
+        zero = self._has_zero(program, node)
+        what = f"cluster {', '.join(paths)}: {weight.nbytes} to {self._bytes(weight, zero=zero)} bytes"
+        if zero:
+            what += ", pruned weights stay zero"
         return Rewrite(node.name, what, {"layers": [item.name for item in layers]})
 
     def _reason_to_keep(self, program: Program, layers: list[fx.Node], weight: Tensor) -> str | None:
@@ -153,8 +162,8 @@ class ClusterWeights(Pass):
         for item in layers:
             if program.op(item) not in _FUNCTIONS:
                 return f"its weight is read by {item.name} too"
-            if mask_of(program.module_of(item)) is not None:
-                return "it has a mask, which codes would lose: make it permanent with prune_weights(permanent=True)"
+            if mask_of(program.module_of(item)) is not mask_of(program.module_of(layers[0])):
+                return "layers that share its weight have other masks"
             reason = _no_functional_form(program, item)
             if reason is not None:
                 return reason
@@ -163,9 +172,16 @@ class ClusterWeights(Pass):
                 return f"{reader.name} reads a tensor of the layer"
         if not bool(weight.isfinite().all()):
             return "its weight is not finite"
-        if self._bytes(weight) >= weight.nbytes:
-            return f"nothing to gain: {weight.nbytes} bytes as it is, {self._bytes(weight)} clustered"
+        clustered = self._bytes(weight, zero=self._has_zero(program, layers[0]))
+        if clustered >= weight.nbytes:
+            return f"nothing to gain: {weight.nbytes} bytes as it is, {clustered} clustered"
         return None
+
+    def _has_zero(self, program: Program, node: fx.Node) -> bool:
+        """Whether one of a layer's clusters is zero."""
+        weight = _weight(program, node)
+        zeros = weight.numel() - int(weight.count_nonzero())
+        return mask_of(program.module_of(node)) is not None or zeros * self._clusters() > weight.numel()
 
     def _clusters(self) -> int:
         return 2**self.bits if self.bits is not None else self.n_clusters or _DEFAULT_CLUSTERS
@@ -176,27 +192,42 @@ class ClusterWeights(Pass):
     def _rows(self, weight: Tensor) -> int:
         return len(weight) if self.per == "channel" else 1
 
-    def _bytes(self, weight: Tensor) -> int:
-        codebook = self._rows(weight) * self._clusters() * weight.element_size()
+    def _bytes(self, weight: Tensor, *, zero: bool) -> int:
+        codebook = self._rows(weight) * (self._clusters() - zero) * weight.element_size()
         return packed_bytes(weight.numel(), self._code_bits()) + codebook
 
-    def _held(self, weight: Tensor, fisher: Tensor | None) -> CodebookWeight:
+    def _held(self, weight: Tensor, fisher: Tensor | None, *, zero: bool) -> CodebookWeight:
         """The clustered weight."""
         values = _rows_of(weight, self._rows(weight))
-        importance = None
+        importance: NDArray[np.floating] | None = None
         if fisher is not None:
             importance = _rows_of(fisher, self._rows(weight)).astype(np.float64)
             importance = importance / importance.mean() + _LEAST_SENSITIVITY
-        found = torch.from_numpy(centroids(values, self._clusters(), importance)).to(weight.dtype)
-        codes = torch.from_numpy(nearest(values, found.double().numpy()))
+        pruned = values == 0
+        if zero:
+            values, importance = _without(values, pruned, importance)
+        found = torch.from_numpy(centroids(values, self._clusters() - zero, importance)).to(weight.dtype)
+        codes = nearest(values, found.double().numpy())
+        if zero:
+            codes = np.where(pruned, 0, codes + 1)
         codebook = nn.Parameter(found.to(weight.device), requires_grad=weight.requires_grad)
-        return CodebookWeight(codes.to(weight.device), codebook, tuple(weight.shape), self._code_bits())
+        packed = torch.from_numpy(codes).to(weight.device)
+        return CodebookWeight(packed, codebook, tuple(weight.shape), self._code_bits(), zero=zero)
 
 
 def _rows_of(tensor: Tensor, rows: int) -> NDArray[np.floating]:
     wide = torch.promote_types(tensor.dtype, torch.float32)
     found: NDArray[np.floating] = tensor.detach().to("cpu", wide).reshape(rows, -1).numpy()
     return found
+
+
+def _without(
+    values: NDArray[np.floating], out: NDArray[np.bool_], weights: NDArray[np.floating] | None
+) -> tuple[NDArray[np.floating], NDArray[np.floating]]:
+    """Values of which some do not count: they are like the first of their row that does."""
+    first = np.take_along_axis(values, np.argmin(out, axis=1)[:, None], 1)
+    counts = np.ones_like(values) if weights is None else weights
+    return np.where(out, first, values), np.where(out, _UNCOUNTED, counts)
 
 
 def _require_data(program: Program) -> None:

@@ -72,6 +72,7 @@ class FactorizeLowRank(Pass):
     """
 
     name: ClassVar[str] = "factorize_low_rank"
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "sparse"})
 
     rank: int | None = None
     ratio: float | None = None

@@ -74,6 +74,7 @@ class PruneChannels(Pass):
     """
 
     name: ClassVar[str] = "prune_channels"
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "sparse"})
 
     ratio: float | None = None
     macs: float | None = None

@@ -66,6 +66,8 @@ class PruneWeights(Pass):
     """
 
     name: ClassVar[str] = "prune_weights"
+    provides: ClassVar[frozenset[str]] = frozenset({"sparse"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered"})
 
     sparsity: float = 0.5
     scope: Literal["layer", "global"] = "layer"

@@ -40,3 +40,13 @@ def test_a_codebook_for_each_row() -> None:
     held = CodebookWeight(torch.tensor([[0, 1, 1], [1, 0, 1]]), nn.Parameter(book), (2, 3), 1)
     assert held().tolist() == [[1.0, 2.0, 2.0], [4.0, 3.0, 4.0]]
     assert str(held) == "CodebookWeight([2, 3], bits=1, clusters=2 in 2 rows)"
+
+
+def test_code_zero_may_stand_for_zero() -> None:
+    book = torch.tensor([[1.5, -2.0]], requires_grad=True)
+    held = CodebookWeight(torch.tensor([[0, 1, 2], [2, 0, 0]]), nn.Parameter(book), (2, 3), 2, zero=True)
+    assert held().tolist() == [[0.0, 1.5, -2.0], [-2.0, 0.0, 0.0]]
+    (held() * torch.arange(6.0).reshape(2, 3)).sum().backward()
+    assert held.codebook.grad is not None
+    assert held.codebook.grad.tolist() == [[1.0, 5.0]]
+    assert str(held) == "CodebookWeight([2, 3], bits=2, clusters=2 and zero)"

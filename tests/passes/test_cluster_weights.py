@@ -12,7 +12,6 @@ from torch import nn
 import fxopt
 from fxopt.codebook import CodebookWeight
 from fxopt.errors import InputError
-from fxopt.manager import PassManager
 from fxopt.passes import ClusterWeights, PruneWeights
 from fxopt.testing import assert_equivalent, assert_pass, assert_skips
 
@@ -242,13 +241,53 @@ def test_weights_that_something_else_reads() -> None:
     assert_skips(ClusterWeights(), program, whys=["its weight is read by linear_weight too"])
 
 
-def test_masked_weights_are_left_alone_and_permanent_zeros_are_not() -> None:
-    model, x = nn.Sequential(nn.Linear(64, 64)).double().eval(), sample(2, 64)
-    program = PassManager([PruneWeights(), ClusterWeights()], on_no_match="ignore").run(fxopt.capture(model, x))
-    (skip,) = program.report.passes[-1].skips
-    assert skip.why == "it has a mask, which codes would lose: make it permanent with prune_weights(permanent=True)"
-    program = PassManager([PruneWeights(permanent=True), ClusterWeights()]).run(fxopt.capture(model, x))
-    assert len(held(program)) == 1
+@pytest.mark.parametrize("per", ["tensor", "channel"])
+@pytest.mark.parametrize("options", [{}, {"permanent": True}, {"criterion": "wanda", "scope": "global"}])
+def test_pruned_weights_stay_zero_in_training_too(per: str, options: dict[str, Any]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Unflatten(1, (48, 1)), nn.Conv1d(48, 32, 1), nn.Flatten())
+    model, x = model.double().eval(), sample(64, 64)
+    passes = [PruneWeights(sparsity=0.6, **options), ClusterWeights(bits=3, per=per)]  # type: ignore[arg-type]
+    pruned = fxopt.optimize(model, x, passes[:1], calibration=[x])
+    program = fxopt.optimize(model, x, passes, calibration=[x])
+    assert [rewrite.what.endswith("pruned weights stay zero") for rewrite in program.report.passes[-1].rewrites] == [
+        True,
+        True,
+    ]
+    before = [
+        layer.weight * getattr(layer, "mask", 1) for layer in pruned.module.children() if hasattr(layer, "weight")
+    ]
+    found = held(program)
+    for weight, module in zip(before, found, strict=True):
+        assert module.codebook.shape[1] == 7
+        assert torch.equal(module() == 0, weight == 0)
+    module = program.module.train()
+    optimizer = torch.optim.SGD(module.parameters(), 0.1, momentum=0.9, weight_decay=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        module(x).square().mean().backward()
+        optimizer.step()
+    for weight, layer in zip(
+        before, [item for item in module.modules() if isinstance(item, CodebookWeight)], strict=True
+    ):
+        assert torch.equal(layer() == 0, weight == 0)
+    compiled = fxopt.compile(model.float(), x.float(), passes=passes, calibration=[x.float()], backend="onnx")
+    assert compiled.report.passes[-1].rewrites
+
+
+def test_zeros_that_are_rare_are_values_like_others() -> None:
+    layer = nn.Linear(64, 64, bias=False).double()
+    layer.weight.data[0, :8] = 0
+    program = fxopt.optimize(nn.Sequential(layer).eval(), sample(2, 64), [ClusterWeights()])
+    assert held(program)[0].codebook.shape == (1, 16)
+    layer.weight.data[:8] = 0
+    program = fxopt.optimize(nn.Sequential(layer).eval(), sample(2, 64), [ClusterWeights()])
+    assert held(program)[0].codebook.shape == (1, 15)
+    # all that is not zero is clustered as if it were alone
+    alone = nn.Linear(64, 56, bias=False).double()
+    alone.weight.data = layer.weight.data[8:]
+    expected = fxopt.optimize(nn.Sequential(alone).eval(), sample(2, 64), [ClusterWeights(n_clusters=15)])
+    torch.testing.assert_close(held(program)[0]()[8:], held(expected)[0](), rtol=1e-9, atol=1e-9)
 
 
 def test_other_layers_and_computed_weights() -> None:
