@@ -283,9 +283,14 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
             raise PipelineError(f"{pass_.name} requires a program that is {name!r}: {advice}")
         for name in sorted(pass_.refuses & provided_by.keys()):
             owner = provided_by[name]
-            advice = "capture the model anew" if owner == "the program" else f"put {pass_.name} before {owner}"
+            if owner == "the program":
+                raise PipelineError(
+                    f"{pass_.name} cannot run on a program that is {name!r} already: run it before the pass that made "
+                    "it so, or capture program.module anew to have each layer looked at"
+                )
             raise PipelineError(
-                f"{pass_.name} cannot run on a program that is {name!r} already, which {owner} made it: {advice}"
+                f"{pass_.name} cannot run on a program that is {name!r} already, which {owner} made it: "
+                f"put {pass_.name} before {owner}"
             )
         provided_by.update(dict.fromkeys(pass_.provides, pass_.name))
 
