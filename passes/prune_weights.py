@@ -171,7 +171,7 @@ class PruneWeights(Pass):
                 'criterion "wanda" ranks weights by the inputs that they see: pass calibration=, an iterable of '
                 'batches, or take criterion "l1"'
             )
-        return collect(program, [caller.name for layer in layers for caller in program.callers(layer)])
+        return collect(program, [caller.name for layer in layers for caller in program.callers(layer)], gram=False)
 
     def _scores(self, program: Program, layer: fx.Node, statistics: Statistics | None) -> Tensor:
         """One score per weight or block, [groups, outputs, inputs, places], in float64; -1 where a mask is already."""

@@ -96,7 +96,7 @@ class Statistics(Mapping[str, InputMoments]):
         return Statistics(self._moments | {layer: self._moments[layer].kept(indices)})
 
 
-def collect(program: Program, layers: Iterable[str] | None = None) -> Statistics:
+def collect(program: Program, layers: Iterable[str] | None = None, *, gram: bool = True) -> Statistics:
     """The statistics of at least these layers, in one pass over the calibration data for all that are not known yet.
 
     What was gathered is kept until the program's next edit, and beyond it by `carry`.
@@ -104,6 +104,7 @@ def collect(program: Program, layers: Iterable[str] | None = None) -> Statistics
     Args:
         program: a program with calibration data.
         layers: names of nodes that call a convolution, transposed convolution or linear module; None for all of them.
+        gram: whether the Gram is needed, which takes most of the time.
 
     Raises:
         InputError: if there are no calibration data, they do not fit the model, a value is not finite on them, or a
@@ -115,9 +116,11 @@ def collect(program: Program, layers: Iterable[str] | None = None) -> Statistics
     unknown = next((name for name in wanted if name not in calls), None)
     if unknown is not None:
         raise InputError(f"{unknown!r} calls no convolution or linear module: the layers are {', '.join(calls)}")
-    missing = {name: calls[name] for name in wanted if name not in known}
+    missing = {
+        name: calls[name] for name in wanted if name not in known or (gram and _lacks_gram(calls[name], known[name]))
+    }
     if missing:
-        known = Statistics({**known, **_gather(program, missing)})
+        known = Statistics({**known, **_gather(program, missing, gram=gram)})
         carry(program, known)
     return known
 
@@ -139,11 +142,15 @@ def _layer_calls(program: Program) -> Iterator[tuple[fx.Node, Call]]:
             yield node, call
 
 
-def _gather(program: Program, calls: Mapping[str, Call]) -> dict[str, InputMoments]:
+def _lacks_gram(call: Call, moments: InputMoments) -> bool:
+    return moments.gram is None and _mixes(call) and len(moments.mean) <= _LARGEST_GRAM
+
+
+def _gather(program: Program, calls: Mapping[str, Call], *, gram: bool) -> dict[str, InputMoments]:
     by_source: defaultdict[fx.Node, dict[tuple[int, bool], _Sums]] = defaultdict(dict)
     by_layer: dict[str, _Sums] = {}
     for name, call in calls.items():
-        kind = _CHANNEL_AXIS[call.op], _mixes(call)
+        kind = _CHANNEL_AXIS[call.op], gram and _mixes(call)
         by_layer[name] = by_source[cast("fx.Node", call.arguments["input"])].setdefault(kind, _Sums(*kind))
 
     def watch(node: fx.Node, value: Any) -> None:

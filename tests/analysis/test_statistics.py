@@ -112,6 +112,16 @@ class Twice(nn.Module):
         return self.left(x) + self.right(x)
 
 
+def test_the_gram_is_gathered_when_it_is_needed() -> None:
+    data = [torch.randn(3, 5, generator=torch.Generator().manual_seed(index)).double() for index in range(2)]
+    program = program_of(nn.Sequential(nn.Linear(5, 4), nn.ReLU(), nn.Linear(4, 3)), data)
+    brief = collect(program, ["_0"], gram=False)
+    assert (brief["_0"].gram, set(brief)) == (None, {"_0"})
+    whole = collect(program)
+    check(whole["_0"], torch.cat(data), axis=-1)
+    assert collect(program, gram=False)["_0"] is whole["_0"]
+
+
 def test_each_call_of_a_layer_has_statistics_of_its_own() -> None:
     data = batches(3, 2, shape=(3, 5, 5))
     program = program_of(model := Twice(), data)
