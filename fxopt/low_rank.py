@@ -30,25 +30,13 @@ from torch import Tensor, nn
 from fxopt.analysis.layer_moments import LayerMoments
 from fxopt.analysis.patches import PatchLayer
 from fxopt.analysis.removal_errors import ridge
+from fxopt.substitution import Sizes
 
-__all__ = ["Factors", "Form", "Grid", "LowRank", "Method", "Sizes", "methods_for"]
+__all__ = ["Factors", "Form", "Grid", "LowRank", "Method", "methods_for"]
 
 Method = Literal["svd", "spatial", "tucker"]
 
 _GRID = 12  # ranks of an input axis that are tried
-_LEAST_SCALE = 1e-3  # of the largest of a layer's outputs
-
-
-class Sizes(NamedTuple):
-    """Of what a layer reads and gives, for the example: channels aside, samples included.
-
-    Attributes:
-        inputs: positions of the input, per spatial axis, and their samples in front.
-        outputs: the same of the output.
-    """
-
-    inputs: tuple[int, ...]
-    outputs: tuple[int, ...]
 
 
 class Grid(NamedTuple):
@@ -130,7 +118,7 @@ class LowRank:
 
     Args:
         layer: a linear layer or a convolution.
-        scale: what each output counts, float64[outputs].
+        scale: what each output counts, float64[outputs], positive.
         sizes: of the example.
         grid: which forms are looked at.
         moments: of its patches and outputs; None for the plain forms. Forms but "svd" take the patches.
@@ -146,7 +134,7 @@ class LowRank:
         patches = PatchLayer(layer)
         self._groups, self._length = patches.groups, patches.length
         self._weight = patches.weight
-        self._scale = scale.abs().clamp(min=_LEAST_SCALE * float(scale.abs().max())).reshape(self._groups, 1, -1)
+        self._scale = scale.reshape(self._groups, 1, -1)
         self._kernel: tuple[int, ...] = tuple(getattr(layer, "kernel_size", ()))
         seen = None if moments is None else moments.patches
         # few data do not know all of it

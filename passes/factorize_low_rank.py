@@ -18,29 +18,32 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, cast, get_args
 
-import torch
 from torch import Tensor, fx, nn
 
-from fxopt import edit
-from fxopt.absorption import add_offset
 from fxopt.analysis.costs import macs_by_node
-from fxopt.analysis.destinations import destination
 from fxopt.analysis.layer_moments import layer_moments
 from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.patches import PatchLayer
-from fxopt.analysis.shapes import shapes
 from fxopt.analysis.tradeoff import Option, choose
-from fxopt.analysis.weight_uses import reason_shared
 from fxopt.errors import InputError, PassError
-from fxopt.layer_times import WORTH, Gate, time_ratio
-from fxopt.low_rank import Factors, Form, Grid, LowRank, Method, Sizes, methods_for
-from fxopt.masking import mask_of
+from fxopt.layer_times import WORTH, Gate
+from fxopt.low_rank import Factors, Form, Grid, LowRank, Method, methods_for
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.progress import progress
 from fxopt.reconstruction import plan_fit, reconstruct
+from fxopt.substitution import (
+    LONGEST,
+    convolution_like,
+    original_of,
+    output_scale,
+    reason_to_keep,
+    share_of_time,
+    sizes_of,
+    substitute,
+    with_weight,
+)
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -48,7 +51,6 @@ if TYPE_CHECKING:
 __all__ = ["FactorizeLowRank"]
 
 _KINDS = ("linear", "conv1d", "conv2d", "conv3d")
-_LONGEST = 4608  # values of a patch, whose covariance is looked at
 _NARROWER = 0.8  # of the MACs of a form that is too slow: what is tried next
 
 
@@ -137,7 +139,7 @@ class FactorizeLowRank(Pass):
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
         """Factorizes one layer; or fits layers, once all are factorized."""
-        original = measured(program, _original) or program.copy()
+        original = original_of(program)
         if "fit" in rewrite.params:
             reconstruct(program, original, rewrite.params["fit"], lambda _, value: value)
             return
@@ -148,32 +150,15 @@ class FactorizeLowRank(Pass):
             raise PassError(f"{rewrite.node} has no {method} form", pass_name=self.name, node=rewrite.node)
         found = self._low_rank(original, [rewrite.node])
         factors = found[rewrite.node].factors(method, ranks)
-        modules = _layers(layer, factors, method)
-        last = modules[-1]
-        source = cast("fx.Node", program.call(node).arguments["input"])
-        for name, module in zip(("reduce", "core"), modules[:-1], strict=False):
-            source = edit.insert_before(program, node, module, (source,), name=f"{node.target}_{name}")
-        node = edit.replace(program, node, last, (source,))
-        add_offset(program, node, factors.offset)
-        keep(program, _original, cast("Program | None", original))
+        *first, last = _layers(layer, factors, method)
+        substitute(program, node, dict(zip(("reduce", "core"), first, strict=False)), last, factors.offset, original)
 
     def _reason_to_leave(self, program: Program, node: fx.Node) -> str | None:
-        """Why a layer is left alone, whatever its forms; None if it is not."""
-        layer: Any = program.module_of(node)
-        if layer is None:
-            return "it is a function, not a module"
-        if any(fnmatch(str(node.target), pattern) for pattern in self.ignore):
-            return "ignored"
-        shared = reason_shared(program, node)
-        if shared is not None:
-            return shared
-        if mask_of(layer) is not None:
-            return "it has a mask, which its factors would lose: factorize before prune_weights"
-        if self.method != "auto" and self.method not in methods_for(layer):
+        """Why a layer is left alone, whatever its ranks; None if it is not."""
+        reason = reason_to_keep(program, node, self.ignore)
+        if reason is None and self.method not in ("auto", *methods_for(cast("nn.Module", program.module_of(node)))):
             return f"it has no {self.method} form"
-        if len(program.analysis(shapes)[node.name].shape) < (2 if program.op(node) == "linear" else layer.weight.ndim):
-            return "what it reads has no batch axis"
-        return None
+        return reason
 
     def _worthwhile(self, program: Program, nodes: list[fx.Node], found: dict[str, LowRank]) -> list[Form | str]:
         """The form of each layer, or why it has none.
@@ -200,9 +185,8 @@ class FactorizeLowRank(Pass):
                 return chosen
 
     def _time_ratio(self, program: Program, node: fx.Node, layer: LowRank, form: Form) -> float:
-        module = cast("nn.Module", program.module_of(node))
-        source = program.analysis(shapes)[cast("fx.Node", program.call(node).arguments["input"]).name]
-        return time_ratio(program, module, _layers(module, layer.factors(form.method, form.ranks), form.method), source)
+        factors = layer.factors(form.method, form.ranks)
+        return share_of_time(program, node, _layers(program.module_of(node), factors, form.method))
 
     def _chosen(
         self, program: Program, layers: Sequence[LowRank], candidates: Sequence[_Candidates]
@@ -269,7 +253,7 @@ class FactorizeLowRank(Pass):
                 node = program.node(name)
                 layer = cast("nn.Module", program.module_of(node))
                 grid = Grid(methods[name], self.round_to, self.rank)
-                known[name, key] = LowRank(layer, _scale(program, node, layer), _sizes(program, node), grid, moments)
+                known[name, key] = LowRank(layer, output_scale(program, node), sizes_of(program, node), grid, moments)
             keep(program, _forms, known)
         return {name: known[name, key] for name in layers}
 
@@ -278,7 +262,7 @@ class FactorizeLowRank(Pass):
             yield from ((name, None) for name in layers)
             return
         with progress("measuring layers", len(layers), "layers") as advance:
-            for found in layer_moments(program, layers, lambda layer: layer.length <= _LONGEST):
+            for found in layer_moments(program, layers, lambda layer: layer.length <= LONGEST):
                 yield found
                 advance(1)
 
@@ -286,38 +270,14 @@ class FactorizeLowRank(Pass):
         layer = cast("nn.Module", program.module_of(program.node(name)))
         able = methods_for(layer) if self.method == "auto" else (self.method,)
         seen = self.whiten and program.calibration is not None
-        if seen and PatchLayer(layer).length > _LONGEST:
+        if seen and PatchLayer(layer).length > LONGEST:
             return ("svd",)
         return able
-
-
-def _original(_: Program) -> Program | None:
-    """The program before anything was factorized: none, unless one is kept under this name."""
-    return None
 
 
 def _forms(_: Program) -> dict[Any, LowRank]:
     """What was found out so far."""
     return {}
-
-
-def _sizes(program: Program, node: fx.Node) -> Sizes:
-    known = program.analysis(shapes)
-    before = known[cast("fx.Node", program.call(node).arguments["input"]).name].shape
-    after = known[node.name].shape
-    if program.op(node) == "linear":
-        return Sizes(before[:-1], after[:-1])
-    return Sizes((before[0], *before[2:]), (after[0], *after[2:]))
-
-
-def _scale(program: Program, node: fx.Node, layer: nn.Module) -> Tensor:
-    """What each output counts, float64[outputs]."""
-    count = cast("Tensor", layer.weight).shape[0]
-    scale = destination(program, node).scale.to(cast("Tensor", layer.weight).device)
-    axis = -1 if program.op(node) == "linear" else 1
-    if scale.ndim > 1 and scale.shape[axis] == scale.numel() == count:
-        return scale.reshape(-1)
-    return torch.ones(count, dtype=torch.float64, device=scale.device)
 
 
 class _Candidates(NamedTuple):
@@ -335,38 +295,15 @@ class _Candidates(NamedTuple):
         )
 
 
-def _layers(layer: Any, factors: Factors, method: Method) -> list[Any]:
-    """The layers of a form, in the order in which they run; the last one has the bias."""
-    made = [_make(layer, weight, place, method) for place, weight in enumerate(factors.weights)]
-    if layer.bias is not None:
-        made[-1].bias = nn.Parameter(layer.bias.detach(), layer.bias.requires_grad)
-    return made
+def _layers(layer: Any, factors: Factors, method: Method) -> list[nn.Module]:
+    """The layers of a form, in the order in which they run."""
+    return [_make(layer, weight, place, method) for place, weight in enumerate(factors.weights)]
 
 
-def _make(layer: Any, weight: Tensor, place: int, method: Method) -> Any:
+def _make(layer: Any, weight: Tensor, place: int, method: Method) -> nn.Module:
     """The layer of a form that has this weight."""
-    like = layer.weight
-    outputs, inputs = weight.shape[:2]
     if isinstance(layer, nn.Linear):
-        made: Any = nn.Linear(inputs, outputs, bias=False, device="meta")
-    else:
-        axes = weight.ndim - 2
-        carries = {"svd": (0,) * axes, "spatial": (0, 1), "tucker": (1,) * axes}[method]
-        own = [carry == place for carry in carries]  # whether an axis of the kernel is in this layer
-        padding = layer.padding
-        if not isinstance(padding, str):
-            padding = tuple(pad if mine else 0 for pad, mine in zip(padding, own, strict=True))
-        made = type(layer)(
-            inputs * layer.groups,
-            outputs,
-            tuple(weight.shape[2:]),
-            stride=tuple(step if mine else 1 for step, mine in zip(layer.stride, own, strict=True)),
-            padding=padding,
-            dilation=tuple(step if mine else 1 for step, mine in zip(layer.dilation, own, strict=True)),
-            groups=layer.groups,
-            bias=False,
-            padding_mode=layer.padding_mode,
-            device="meta",
-        )
-    made.weight = nn.Parameter(weight.to(like).contiguous(), like.requires_grad)
-    return made
+        return with_weight(nn.Linear(weight.shape[1], len(weight), bias=False, device="meta"), weight, layer)
+    axes = weight.ndim - 2
+    carries = {"svd": (0,) * axes, "spatial": (0, 1), "tucker": (1,) * axes}[method]
+    return convolution_like(layer, weight, [carry == place for carry in carries], layer.groups)

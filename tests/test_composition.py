@@ -23,12 +23,15 @@ SETTINGS = {
     "prune_weights": "prune_weights(sparsity=0.5)",
     "reestimate_batch_norm": "reestimate_batch_norm",
     "simplify": "simplify",
+    "substitute_depthwise_separable": "substitute_depthwise_separable(multiplier=2, max_error=None)",
 }
 """Of every pass that is installed with fxopt: how it finds something to do in the model below."""
 
+STRUCTURAL = ("factorize_low_rank", "prune_channels", "substitute_depthwise_separable")
+
 REFUSED = {
-    *itertools.product(("cluster_weights",), ("prune_channels", "factorize_low_rank", "prune_weights")),
-    *itertools.product(("prune_weights",), ("prune_channels", "factorize_low_rank")),
+    *itertools.product(("cluster_weights", "prune_weights"), STRUCTURAL),
+    ("cluster_weights", "prune_weights"),
 }
 """What may not come first, and what may not come behind it."""
 

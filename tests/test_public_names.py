@@ -74,6 +74,7 @@ def test_public_names() -> None:
         "PruneWeights",
         "ReestimateBatchNorm",
         "Simplify",
+        "SubstituteDepthwiseSeparable",
     ]
     assert sorted(importlib.import_module("fxopt.lowering").__all__) == ["EagerBackend", "OnnxBackend"]
 

@@ -60,7 +60,14 @@ def test_the_built_in_passes_backends_and_pipelines_are_registered() -> None:
     assert registry.passes()["fold_batch_norm"] is FoldBatchNorm
     exact, lossy = (
         {"fold_batch_norm", "merge_branches", "simplify"},
-        {"cluster_weights", "factorize_low_rank", "prune_channels", "prune_weights", "reestimate_batch_norm"},
+        {
+            "cluster_weights",
+            "factorize_low_rank",
+            "prune_channels",
+            "prune_weights",
+            "reestimate_batch_norm",
+            "substitute_depthwise_separable",
+        },
     )
     assert exact | lossy <= registry.passes().keys()
     assert {"eager", "onnx"} <= registry.backends().keys()

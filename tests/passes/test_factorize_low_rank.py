@@ -334,6 +334,6 @@ def test_masked_layers_are_neither_factorized_nor_fitted() -> None:
     assert int((left.module.get_parameter("3.weight") == 0).sum()) == zeros
     reasons = [skip.why for skip in plan.skips if skip.node == "_3"]
     assert reasons == [
-        "it has a mask, which its factors would lose: factorize before prune_weights",
+        "it has a mask, which other layers would lose: do this before prune_weights",
         "is not fitted to the data: it has a mask, which a fit would fill",
     ]
