@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from fxopt.passes.prune_weights import PruneWeights
     from fxopt.passes.reestimate_batch_norm import ReestimateBatchNorm
     from fxopt.passes.simplify import Simplify
+    from fxopt.passes.substitute_inverted_residual import SubstituteInvertedResidual
 
 __all__ = [
     "DEFAULT",
@@ -34,6 +35,7 @@ __all__ = [
     "PruneWeights",
     "ReestimateBatchNorm",
     "Simplify",
+    "SubstituteInvertedResidual",
 ]
 
 DEFAULT = ("simplify", "fold_batch_norm", "merge_branches")
@@ -48,6 +50,7 @@ _MODULES = {
     "PruneWeights": "prune_weights",
     "ReestimateBatchNorm": "reestimate_batch_norm",
     "Simplify": "simplify",
+    "SubstituteInvertedResidual": "substitute_inverted_residual",
 }
 
 
