@@ -5,6 +5,7 @@ stops before lowering; `capture` gives the program alone; `explain` tells what p
 engine.
 """
 
+from fxopt import nn as nn  # as fxopt.nn; not in __all__, as a star import would hide torch's nn
 from fxopt.api import Compiled, capture, compile, explain, load, optimize
 from fxopt.backend import Backend, Engine, FixedBatchWarning
 from fxopt.errors import (

@@ -55,27 +55,32 @@ class LayerTimes:
             raise BackendUnavailable(f"{backend.name}: {reason}")
         self._backend = backend
         self._target = target
-        self._known: dict[tuple[str, str, str], float] = {}
+        self._known: dict[tuple[str, str], float] = {}
 
     def ratio(self, before: nn.Module, after: nn.Module, source: TensorSpec) -> float:
         """The time of `after` over that of `before`: below 1 it is faster. The median over rounds in which both run.
 
         Args:
             before: takes one tensor, gives one.
-            after: the same. Their `repr` must tell all that time depends on, as that of torch's layers does.
+            after: the same.
             source: what both read.
 
         Raises:
             BackendError: if the backend cannot lower one of them.
         """
-        key = repr(before), repr(after), str(source)
+        inputs = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(source.dtype)
+        programs = tuple(self._program(layer, inputs) for layer in (before, after))
+        # all that the time depends on: shapes, types and how layers are configured, but for the values of weights
+        key = programs[0].text(), programs[1].text()
         if key not in self._known:
-            self._known[key] = self._measured(before, after, source)
+            self._known[key] = self._measured(*programs, inputs)
         return self._known[key]
 
-    def _measured(self, before: nn.Module, after: nn.Module, source: TensorSpec) -> float:
-        generator = torch.Generator().manual_seed(0)
-        inputs = torch.randn(source.shape, generator=generator).to(source.dtype)
+    def _program(self, layer: nn.Module, inputs: torch.Tensor) -> Program:
+        own = next((tensor.device for tensor in layer.parameters()), inputs.device)
+        return capture(share_module(nn.Sequential(layer)).eval(), (inputs.to(own),), target=self._target)
+
+    def _measured(self, before: Program, after: Program, inputs: torch.Tensor) -> float:
         turns = {"before": self._turn(before, inputs), "after": self._turn(after, inputs)}
         least, most = _ROUNDS
         trial = measure(turns, rounds=3, warmup=2)
@@ -84,10 +89,8 @@ class LayerTimes:
         pairs = zip(timings["after"].seconds, timings["before"].seconds, strict=True)
         return statistics.median(after / before for after, before in pairs)
 
-    def _turn(self, layer: nn.Module, inputs: torch.Tensor) -> Callable[[], object]:
-        """Runs the engine of a layer once, to the end."""
-        own = next((tensor.device for tensor in layer.parameters()), inputs.device)
-        program = capture(share_module(nn.Sequential(layer)).eval(), (inputs.to(own),), target=self._target)
+    def _turn(self, program: Program, inputs: torch.Tensor) -> Callable[[], object]:
+        """Runs the engine of a program once, to the end."""
         engine = self._backend.lower(program, dynamic_batch=False)
         device = tensor_device(self._target)
         given = inputs.to(device)

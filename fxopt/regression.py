@@ -15,6 +15,8 @@ fitted to all samples in any case.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -63,10 +65,12 @@ class Regression:
 
     Args:
         weight: what is known, float64[groups, D, outputs].
+        ridges: the values of l to choose from, in multiples of the mean variance; inf first.
     """
 
-    def __init__(self, weight: Tensor) -> None:
+    def __init__(self, weight: Tensor, ridges: Sequence[float] = _RIDGES) -> None:
         self._weight = weight
+        self._ridges = ridges
         self._halves = [_Sums(weight) for _ in range(2)]
         self._centres: tuple[Tensor, Tensor] | None = None
 
@@ -102,7 +106,7 @@ class Regression:
             moments = both.moments()
             for place in sorted(set(places.flatten().tolist())):
                 chosen = (places == place).unsqueeze(1)
-                weight = torch.where(chosen, _solved(moments, self._weight, _RIDGES[place]), weight)
+                weight = torch.where(chosen, _solved(moments, self._weight, self._ridges[place]), weight)
         centre_in, centre_out = (centre.squeeze(1).double() for centre in self._centres)
         mean_in, mean_out = centre_in + both.inputs / both.count, centre_out + both.outputs / both.count
         bias = mean_out - (mean_in.unsqueeze(1) @ weight).squeeze(1)
@@ -116,7 +120,7 @@ class Regression:
         """
         moments = [half.moments() for half in self._halves]
         found = []
-        for ridge in _RIDGES:
+        for ridge in self._ridges:
             shares = []
             for mine, (covariance, cross, variance) in (moments, moments[::-1]):
                 weight = _solved(mine, self._weight, ridge)

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fxopt.passes.reestimate_batch_norm import ReestimateBatchNorm
     from fxopt.passes.simplify import Simplify
     from fxopt.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
+    from fxopt.passes.substitute_inverted_residual import SubstituteInvertedResidual
 
 __all__ = [
     "DEFAULT",
@@ -36,6 +37,7 @@ __all__ = [
     "ReestimateBatchNorm",
     "Simplify",
     "SubstituteDepthwiseSeparable",
+    "SubstituteInvertedResidual",
 ]
 
 DEFAULT = ("simplify", "fold_batch_norm", "merge_branches")
@@ -51,6 +53,7 @@ _MODULES = {
     "ReestimateBatchNorm": "reestimate_batch_norm",
     "Simplify": "simplify",
     "SubstituteDepthwiseSeparable": "substitute_depthwise_separable",
+    "SubstituteInvertedResidual": "substitute_inverted_residual",
 }
 
 

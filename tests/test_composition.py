@@ -24,10 +24,11 @@ SETTINGS = {
     "reestimate_batch_norm": "reestimate_batch_norm",
     "simplify": "simplify",
     "substitute_depthwise_separable": "substitute_depthwise_separable(multiplier=2, max_error=None)",
+    "substitute_inverted_residual": "substitute_inverted_residual(expansion=3, max_error=10.0, steps=0)",
 }
 """Of every pass that is installed with fxopt: how it finds something to do in the model below."""
 
-STRUCTURAL = ("factorize_low_rank", "prune_channels", "substitute_depthwise_separable")
+STRUCTURAL = ("factorize_low_rank", "prune_channels", "substitute_depthwise_separable", "substitute_inverted_residual")
 
 REFUSED = {
     *itertools.product(("cluster_weights", "prune_weights"), STRUCTURAL),
