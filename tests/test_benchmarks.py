@@ -335,6 +335,7 @@ def test_every_benchmark_file_is_found() -> None:
         "prune_speed",
         "prune_weights",
         "simplify",
+        "substitute_inverted_residual",
     ]
 
 
