@@ -34,6 +34,7 @@ from fxopt.regression import Regression
 __all__ = ["FirstLayer", "Fit", "Sizes", "Untrained", "fit"]
 
 _HELD_OUT = 4  # every so manieth sample is not fitted to
+_LEAST = 4  # samples
 _ROWS = 8192  # positions in a step
 _RATE = 1e-2
 _RIDGES = (torch.inf, 1e-1, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 1e-8, 1e-12, 1e-15)
@@ -135,7 +136,7 @@ def fit(sizes: Sizes, first: FirstLayer, batches: Sequence[Seen], steps: int) ->
         steps: of Adam.
 
     Raises:
-        InputError: if values are not finite.
+        InputError: if there are less than four samples, or values are not finite.
     """
     data = _Data(sizes, batches)
     net = _Net(sizes, first, data)
@@ -158,6 +159,9 @@ class _Data:
     def __init__(self, sizes: Sizes, batches: Sequence[Seen]) -> None:
         self.fitted: list[Seen] = []
         self.held: list[Seen] = []
+        count = sum(len(seen.value) for seen in batches)
+        if count < _LEAST:
+            raise InputError(f"the calibration data hold {count} samples, and a fit takes at least {_LEAST}")
         start = 0
         for x, z in batches:
             x, z = (wide(item).contiguous(memory_format=torch.channels_last) for item in (x, z))

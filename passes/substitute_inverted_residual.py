@@ -156,7 +156,7 @@ class SubstituteInvertedResidual(Pass):
             return "no depthwise convolution gives outputs of that size: its paddings and strides do not fit"
         macs = _macs(block, sizes)
         if macs >= block.macs:
-            return f"an inverted residual of {sizes.hidden} channels takes {macs:,} MACs, and it takes {block.macs:,}"
+            return f"an inverted residual of {sizes.hidden} channels takes {macs:,} MACs, and the block {block.macs:,}"
         return block
 
     def _sizes(self, block: ResidualBlock) -> Sizes:

@@ -336,6 +336,7 @@ def test_every_benchmark_file_is_found() -> None:
         "prune_weights",
         "simplify",
         "substitute_depthwise_separable",
+        "substitute_inverted_residual",
     ]
 
 

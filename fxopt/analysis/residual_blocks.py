@@ -93,7 +93,7 @@ def residual_block(program: Program, node: fx.Node) -> ResidualBlock | str:
         ends = [f"{chain[-1].name} ({program.op(chain[-1])})" for chain in chains]
         return f"its operands come from different values: {ends[0]} and {ends[1]}"
     paths = [tuple(reversed(chain[: chain.index(source)])) for chain in chains]
-    shortcut, branch = sorted(paths, key=lambda path: sum(program.op(item) == "conv2d" for item in path))
+    shortcut, branch = sorted(paths, key=lambda path: (sum(program.op(item) == "conv2d" for item in path), len(path)))
     if not _is_shortcut(program, shortcut):
         return f"neither operand is {source.name} or a 1 x 1 convolution of it"
     convolutions = [item for item in branch if program.op(item) == "conv2d"]
@@ -183,7 +183,7 @@ def _reason(program: Program, node: fx.Node) -> str | None:
     if shared is not None:
         return f"{node.target}: {shared}"
     if layer.groups > 1:
-        return f"{node.target} is grouped"
+        return f"{node.target} is grouped, and a block is dense"
     if mask_of(layer) is not None:
         return f"{node.target} has a mask, which would be lost: substitute before prune_weights"
     return None
