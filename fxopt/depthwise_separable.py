@@ -234,7 +234,7 @@ def _pointwise_first(weight: Tensor, covariance: Tensor | None, multiplier: int,
     wanted = (covariance @ weight.reshape(groups, -1, outputs)).reshape(weight.shape).permute(0, 3, 1, 2)
     at_once = max(1, _CHUNK // (groups * channels * places * channels * multiplier))
     found = []
-    for some, goal in zip(slices.split(at_once, 1), wanted.split(at_once, 1), strict=True):
+    for some, goal in zip(torch.split(slices, at_once, 1), torch.split(wanted, at_once, 1), strict=True):
         depthwise = _principal_axes(some.transpose(2, 3) @ over_places @ some, multiplier).transpose(2, 3)
         before = torch.inf
         for left_over in reversed(range(sweeps)):
