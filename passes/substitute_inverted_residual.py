@@ -39,7 +39,7 @@ from fxopt.analysis.samples import Seen
 from fxopt.analysis.shapes import shapes
 from fxopt.errors import PassError
 from fxopt.inverted_residual import FirstLayer, Fit, Sizes, Untrained, fit
-from fxopt.layer_times import WORTH, Gate, time_ratio
+from fxopt.layer_times import Gate, time_ratio
 from fxopt.passes_base import Pass, Rewrite, Skip, listed
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
