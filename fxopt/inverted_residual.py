@@ -104,12 +104,13 @@ class Fit:
         return x + found if self.sizes.skip else found
 
 
-class Untrained(nn.Sequential):
+class Untrained(nn.Module):
     """The layers of an inverted residual of these sizes, with weights at random, and its skip."""
 
     def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
         hidden = sizes.hidden
-        super().__init__(
+        self.layers = nn.Sequential(
             nn.Conv2d(sizes.inputs, hidden, 1, bias=False),
             nn.BatchNorm2d(hidden),
             nn.ReLU6(),
@@ -122,7 +123,7 @@ class Untrained(nn.Sequential):
         self._skip = sizes.skip
 
     def forward(self, x: Tensor) -> Tensor:
-        found: Tensor = super().forward(x)
+        found: Tensor = self.layers(x)
         return x + found if self._skip else found
 
 

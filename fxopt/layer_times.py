@@ -69,11 +69,11 @@ class LayerTimes:
             BackendError: if the backend cannot lower one of them.
         """
         inputs = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(source.dtype)
-        programs = tuple(self._program(layer, inputs) for layer in (before, after))
+        whole, rewritten = (self._program(layer, inputs) for layer in (before, after))
         # all that the time depends on: shapes, types and how layers are configured, but for the values of weights
-        key = programs[0].text(), programs[1].text()
+        key = whole.text(), rewritten.text()
         if key not in self._known:
-            self._known[key] = self._measured(*programs, inputs)
+            self._known[key] = self._measured(whole, rewritten, inputs)
         return self._known[key]
 
     def _program(self, layer: nn.Module, inputs: torch.Tensor) -> Program:
