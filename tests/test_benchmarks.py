@@ -337,6 +337,7 @@ def test_every_benchmark_file_is_found() -> None:
         "simplify",
         "substitute_depthwise_separable",
         "substitute_inverted_residual",
+        "time_gate",
     ]
 
 
