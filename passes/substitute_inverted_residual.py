@@ -39,7 +39,7 @@ from fxopt.analysis.samples import Seen
 from fxopt.analysis.shapes import shapes
 from fxopt.errors import PassError
 from fxopt.inverted_residual import FirstLayer, Fit, Sizes, Untrained, fit
-from fxopt.layer_times import Gate, time_ratio
+from fxopt.layer_times import WORTH, Gate, time_ratio
 from fxopt.passes_base import Pass, Rewrite, Skip, listed
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
@@ -157,6 +157,10 @@ class SubstituteInvertedResidual(Pass):
         macs = _macs(block, sizes)
         if macs >= block.macs:
             return f"an inverted residual of {sizes.hidden} channels takes {macs:,} MACs, and the block {block.macs:,}"
+        if self.gate == "time":
+            share = _share_of_time(program, node, block, sizes)
+            if share > WORTH:
+                return f"an inverted residual of {sizes.hidden} channels takes {share:.0%} of the block's time"
         return block
 
     def _sizes(self, block: ResidualBlock) -> Sizes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from fxopt.manager import PassManager
 from fxopt.passes import PruneWeights, SubstituteDepthwiseSeparable
 from fxopt.passes_base import Plan, Rewrite
 from fxopt.testing import assert_pass, assert_skips
+from tests.slow_backend import SlowBackend
 
 DOUBLE = torch.float64
 ORDERS: tuple[Order, ...] = ("depthwise_first", "pointwise_first")
@@ -169,7 +171,7 @@ def test_every_convolution_is_substituted_or_refused_with_the_reason() -> None:
     assert [(skip.node, skip.why) for skip in plan.skips] == [("_3", "ignored"), ("_6", depthwise), ("_7", pointwise)]
     (rewrite,) = plan.rewrites
     # C T (K + outputs) of C K outputs
-    assert rewrite.what.startswith("depthwise first for 0 with multiplier 1: 17% of its MACs, loses ")
+    assert rewrite.what.startswith("depthwise first with multiplier 1 for 0: 17% of its MACs, loses ")
     others = [depthwise, pointwise]
     assert_skips(
         SubstituteDepthwiseSeparable(multiplier=9, max_error=None),
@@ -265,6 +267,26 @@ def test_few_data_of_few_dimensions_do_no_harm() -> None:
             wanted = model(x)
             off = program.run(x)[0] - wanted
         assert float(off.var() / wanted.var()) < 0.1
+
+
+def test_only_what_is_faster_is_done_if_time_is_what_has_to_be_saved() -> None:
+    batches = data(2, 8, 10, 10, batches=1)
+    model, x = trained_net(batches), batches[0]
+    pass_ = SubstituteDepthwiseSeparable(multiplier=1, max_error=None, gate="time", ignore=("6", "7"))
+    (plan,) = fxopt.explain(model, x, [pass_], backend=SlowBackend(by="macs"))
+    assert [rewrite.node for rewrite in plan.rewrites] == ["_0", "_3"]
+    for rewrite in plan.rewrites:
+        macs, time = (int(number) for number in re.findall(r"(\d+)% of its (?:MACs|time)", rewrite.what))
+        assert macs <= time < 95
+    (plan,) = fxopt.explain(model, x, [pass_], backend=SlowBackend(by="layers"))
+    assert plan.rewrites == []
+    whys = [skip.why for skip in plan.skips if skip.node in ("_0", "_3")]
+    assert all(
+        re.fullmatch(r"\w+ first with multiplier 1 takes \d+% of its MACs and \d+% of its time", why) for why in whys
+    )
+    assert len(whys) == 2
+    with pytest.raises(InputError, match="pass backend="):
+        fxopt.optimize(model, x, [pass_])
 
 
 def test_a_plan_replays_on_another_checkpoint_and_measures_once(monkeypatch: pytest.MonkeyPatch) -> None:

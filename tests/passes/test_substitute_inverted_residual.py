@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ from fxopt.passes import PruneWeights, SubstituteInvertedResidual
 from fxopt.passes import substitute_inverted_residual as module_of_the_pass
 from fxopt.passes_base import Plan, Rewrite
 from fxopt.testing import assert_pass, assert_skips
+from tests.slow_backend import SlowBackend
 
 DOUBLE = torch.float64
 
@@ -197,6 +199,24 @@ def test_steps_and_more_channels_make_the_error_smaller_and_a_limit_keeps_blocks
     plan = Plan.of(SubstituteInvertedResidual(max_error=1e-4, steps=0), program)
     assert plan.skips[0].why == (f"it would lose {closed[0]:.1f}% of its outputs, and max_error is 0.0%")
     assert plan.rewrites == []
+
+
+def test_only_what_is_faster_is_done_if_time_is_what_has_to_be_saved() -> None:
+    net, batches = basic_net()
+
+    def plan(by: str) -> Plan:
+        pass_ = SubstituteInvertedResidual(max_error=9, steps=0, gate="time")
+        return fxopt.explain(net, batches[0], [pass_], calibration=batches, backend=SlowBackend(by=by))[0]
+
+    quick = plan("macs")
+    assert len(quick.rewrites) == 3
+    for rewrite in quick.rewrites:
+        macs, time = (int(number) for number in re.findall(r"(\d+)% of the (?:MACs|time)", rewrite.what))
+        assert macs <= time < 95
+    # eight layers in the place of five or so
+    slow = plan("layers")
+    assert slow.rewrites == []
+    assert all(re.search(r"of \d+ channels takes \d+% of the block's time$", skip.why) for skip in slow.skips)
 
 
 def test_each_block_is_fitted_once_to_the_original_from_what_it_reads_by_then(monkeypatch: pytest.MonkeyPatch) -> None:
