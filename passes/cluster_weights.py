@@ -39,6 +39,7 @@ from fxopt.errors import InputError
 from fxopt.kmeans import centroids, nearest
 from fxopt.masking import mask_of
 from fxopt.ops import Call
+from fxopt.options import check_choice, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
 
@@ -90,15 +91,9 @@ class ClusterWeights(Pass):
                 raise ValueError(f"{option} must be a whole number from {low} to {high}, not {value!r}")
         if self.n_clusters is not None and self.bits is not None:
             raise ValueError("give n_clusters or bits, not both: bits=b means n_clusters=2**b")
-        if self.per not in ("tensor", "channel"):
-            raise ValueError(f"per must be 'tensor' or 'channel', not {self.per!r}")
-        if self.sensitivity not in ("none", "fisher"):
-            raise ValueError(f"sensitivity must be 'none' or 'fisher', not {self.sensitivity!r}")
-        ignored: object = self.ignore
-        if isinstance(ignored, str):
-            raise ValueError(f"ignore must be a tuple of patterns: write ({self.ignore!r},) for this one alone")
-        if not isinstance(ignored, tuple) or not all(isinstance(item, str) for item in ignored):
-            raise ValueError(f"ignore must be a tuple of patterns, not {ignored!r}")
+        check_choice("per", self.per, ("tensor", "channel"))
+        check_choice("sensitivity", self.sensitivity, ("none", "fisher"))
+        check_patterns("ignore", self.ignore)
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per weight, at the first layer that uses it.

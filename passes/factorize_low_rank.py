@@ -30,6 +30,7 @@ from fxopt.analysis.tradeoff import Option, choose
 from fxopt.errors import InputError, PassError
 from fxopt.layer_times import WORTH, Gate
 from fxopt.low_rank import Factors, Form, Grid, LowRank, Method, methods_for
+from fxopt.options import check_choice, check_count, check_patterns, check_share
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.progress import progress
 from fxopt.reconstruction import plan_fit, reconstruct
@@ -92,20 +93,14 @@ class FactorizeLowRank(Pass):
         if len(given) != 1:
             raise ValueError(f"give one of rank, ratio, energy and macs, not {' and '.join(given) or 'none'}")
         for name in ("ratio", "energy", "macs"):
-            share = getattr(self, name)
-            if share is not None and (not isinstance(share, int | float) or not 0 < share < 1):
-                raise ValueError(f"{name} must be a share between 0 and 1, not {share!r}")
+            if getattr(self, name) is not None:
+                check_share(name, getattr(self, name))
         for name in ("rank", "round_to"):
-            number = getattr(self, name)
-            if number is not None and (type(number) is not int or number < 1):
-                raise ValueError(f"{name} must be an integer of at least 1, not {number!r}")
-        if self.method not in ("auto", *get_args(Method)):
-            raise ValueError(f"method must be 'auto', 'svd', 'spatial' or 'tucker', not {self.method!r}")
-        if self.gate not in get_args(Gate):
-            raise ValueError(f"gate must be 'macs' or 'time', not {self.gate!r}")
-        ignored: object = self.ignore
-        if isinstance(ignored, str):
-            raise ValueError(f"ignore must be a tuple of patterns: write ({self.ignore!r},) for this one alone")
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_choice("method", self.method, ("auto", *get_args(Method)))
+        check_choice("gate", self.gate, get_args(Gate))
+        check_patterns("ignore", self.ignore)
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per layer."""

@@ -40,6 +40,7 @@ from fxopt.analysis.statistics import carry, collect
 from fxopt.compensation import compensate, kept_statistics
 from fxopt.errors import PassError, PipelineError
 from fxopt.masking import mask_of
+from fxopt.options import check_choice, check_count, check_patterns, check_share
 from fxopt.passes_base import Pass, Rewrite, Skip, listed
 from fxopt.program import Program
 from fxopt.reconstruction import Slicer, plan_fit, reconstruct
@@ -96,17 +97,13 @@ class PruneChannels(Pass):
             f"layers[{key!r}]": each for key, each in self.layers.items()
         }
         for name, share in shares.items():
-            if not isinstance(share, int | float) or not 0 < share < 1:
-                raise ValueError(f"{name} must be a share between 0 and 1, not {share!r}")
-        _choice("criterion", self.criterion, tuple(CRITERIA))
-        _choice("scope", self.scope, (None, *get_args(Scope)))
-        _choice("attention", self.attention, tuple(BY_ATTENTION))
+            check_share(name, share)
+        check_choice("criterion", self.criterion, tuple(CRITERIA))
+        check_choice("scope", self.scope, (None, *get_args(Scope)))
+        check_choice("attention", self.attention, tuple(BY_ATTENTION))
         for name in ("round_to", "min_channels"):
-            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, not {getattr(self, name)!r}")
-        ignored: object = self.ignore
-        if isinstance(ignored, str):
-            raise ValueError(f"ignore must be a tuple of patterns: write ({self.ignore!r},) for this one alone")
+            check_count(name, getattr(self, name))
+        check_patterns("ignore", self.ignore)
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per group of channels."""
@@ -317,8 +314,3 @@ def _layers(program: Program, channels: Channels, group: ChannelGroup) -> list[s
         if item.name == "weight" and channels.produces(program, item):
             found.append(str(program.node(item.node).target))
     return found or [group.name]
-
-
-def _choice(option: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

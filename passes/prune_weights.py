@@ -38,6 +38,7 @@ from fxopt.analysis.statistics import Statistics, carry, collect
 from fxopt.errors import InputError, PassError
 from fxopt.kernels import connections, laid_out
 from fxopt.masking import mask_of, with_mask, without_mask
+from fxopt.options import check_choice, check_patterns, check_share
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
 
@@ -77,19 +78,15 @@ class PruneWeights(Pass):
     permanent: bool = False
 
     def __post_init__(self) -> None:
-        sparsity: object = self.sparsity
-        if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 < sparsity < 1:
-            raise ValueError(f"sparsity must be a share between 0 and 1, not {sparsity!r}")
-        _choice("scope", self.scope, ("layer", "global"))
-        _choice("pattern", self.pattern, get_args(Pattern))
-        _choice("criterion", self.criterion, get_args(Criterion))
-        if self.pattern == "2:4" and sparsity != 0.5:
-            raise ValueError(f'pattern "2:4" has a sparsity of 0.5, not {sparsity!r}')
+        check_share("sparsity", self.sparsity)
+        check_choice("scope", self.scope, ("layer", "global"))
+        check_choice("pattern", self.pattern, get_args(Pattern))
+        check_choice("criterion", self.criterion, get_args(Criterion))
+        if self.pattern == "2:4" and self.sparsity != 0.5:
+            raise ValueError(f'pattern "2:4" has a sparsity of 0.5, not {self.sparsity!r}')
         if self.pattern == "2:4" and self.scope != "layer":
             raise ValueError('pattern "2:4" is decided four weights at a time: leave scope at "layer"')
-        ignored: object = self.ignore
-        if not isinstance(ignored, tuple):
-            raise ValueError(f"ignore must be a tuple of patterns: write ({ignored!r},) for one alone")
+        check_patterns("ignore", self.ignore)
         if type(self.permanent) is not bool:
             raise ValueError(f"permanent must be True or False, not {self.permanent!r}")
 
@@ -228,8 +225,3 @@ def _share_of_rows(scores: Tensor, count: int) -> Tensor:
         rows = following.argsort(stable=True)[:rest]
         kept[rows, place[rows]] = False
     return kept
-
-
-def _choice(option: str, value: object, allowed: tuple[object, ...]) -> None:
-    if value not in allowed:
-        raise ValueError(f"{option} must be one of {', '.join(map(repr, allowed))}, not {value!r}")

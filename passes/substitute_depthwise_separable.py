@@ -28,6 +28,7 @@ from fxopt.analysis.measurements import keep, measured
 from fxopt.depthwise_separable import Fitted, Order, Separable
 from fxopt.errors import InputError, PassError
 from fxopt.layer_times import WORTH, Gate
+from fxopt.options import check_choice, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.progress import progress
 from fxopt.reconstruction import plan_fit, reconstruct
@@ -81,21 +82,16 @@ class SubstituteDepthwiseSeparable(Pass):
         multiplier: object = self.multiplier
         if multiplier != "auto" and (type(multiplier) is not int or multiplier < 1):
             raise ValueError(f"multiplier must be 'auto' or an integer of at least 1, not {multiplier!r}")
-        if self.order not in ("auto", *get_args(Order)):
-            raise ValueError(f"order must be 'auto', 'depthwise_first' or 'pointwise_first', not {self.order!r}")
+        check_choice("order", self.order, ("auto", *get_args(Order)))
         limit: object = self.max_error
         if limit is None:
             if multiplier == "auto":
                 raise ValueError("multiplier 'auto' is chosen by max_error: give it, or a multiplier such as 2")
         elif not isinstance(limit, int | float) or not 0 < limit < 1:
             raise ValueError(f"max_error must be a share between 0 and 1, or None, not {limit!r}")
-        if self.fit not in ("auto", "weights", "data"):
-            raise ValueError(f"fit must be 'auto', 'weights' or 'data', not {self.fit!r}")
-        if self.gate not in get_args(Gate):
-            raise ValueError(f"gate must be 'macs' or 'time', not {self.gate!r}")
-        ignored: object = self.ignore
-        if isinstance(ignored, str):
-            raise ValueError(f"ignore must be a tuple of patterns: write ({self.ignore!r},) for this one alone")
+        check_choice("fit", self.fit, ("auto", "weights", "data"))
+        check_choice("gate", self.gate, get_args(Gate))
+        check_patterns("ignore", self.ignore)
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per convolution."""

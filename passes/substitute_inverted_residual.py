@@ -40,6 +40,7 @@ from fxopt.analysis.shapes import shapes
 from fxopt.errors import PassError
 from fxopt.inverted_residual import FirstLayer, Fit, Sizes, Untrained, fit
 from fxopt.layer_times import WORTH, Gate, time_ratio
+from fxopt.options import check_choice, check_count, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip, listed
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
@@ -85,13 +86,9 @@ class SubstituteInvertedResidual(Pass):
         error: object = self.max_error
         if isinstance(error, bool) or not isinstance(error, int | float) or not error > 0:
             raise ValueError(f"max_error must be a share above 0, such as 0.1, not {error!r}")
-        if self.gate not in get_args(Gate):
-            raise ValueError(f"gate must be 'macs' or 'time', not {self.gate!r}")
-        if type(self.steps) is not int or self.steps < 0:
-            raise ValueError(f"steps must be an integer of at least 0, not {self.steps!r}")
-        ignored: object = self.ignore
-        if isinstance(ignored, str):
-            raise ValueError(f"ignore must be a tuple of patterns: write ({self.ignore!r},) for this one alone")
+        check_choice("gate", self.gate, get_args(Gate))
+        check_count("steps", self.steps, least=0)
+        check_patterns("ignore", self.ignore)
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per sum."""

@@ -254,8 +254,8 @@ def test_layers_that_share_are_left_alone() -> None:
         ({"ratio": 1.5}, "ratio must be a share between 0 and 1, not 1.5"),
         ({"rank": 0}, "rank must be an integer of at least 1, not 0"),
         ({"rank": 2, "round_to": 2.5}, "round_to must be an integer of at least 1, not 2.5"),
-        ({"rank": 2, "method": "cp"}, "method must be 'auto', 'svd', 'spatial' or 'tucker', not 'cp'"),
-        ({"rank": 2, "gate": "size"}, "gate must be 'macs' or 'time', not 'size'"),
+        ({"rank": 2, "method": "cp"}, "method must be one of 'auto', 'svd', 'spatial', 'tucker', not 'cp'"),
+        ({"rank": 2, "gate": "size"}, "gate must be one of 'macs', 'time', not 'size'"),
         ({"rank": 2, "ignore": "head"}, "ignore must be a tuple"),
     ],
 )

@@ -455,7 +455,7 @@ def test_wanda_without_data_is_refused() -> None:
             {"pattern": "2:4", "scope": "global"},
             'pattern "2:4" is decided four weights at a time: leave scope at "layer"',
         ),
-        ({"ignore": "head"}, "ignore must be a tuple of patterns: write ('head',) for one alone"),
+        ({"ignore": "head"}, "ignore must be a tuple of patterns: write ('head',) for this one alone"),
         ({"permanent": 1}, "permanent must be True or False, not 1"),
     ],
 )

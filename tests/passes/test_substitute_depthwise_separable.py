@@ -357,11 +357,11 @@ def test_masked_layers_are_neither_substituted_nor_fitted() -> None:
     [
         ({"multiplier": 0}, "multiplier must be 'auto' or an integer of at least 1, not 0"),
         ({"multiplier": True}, "multiplier must be 'auto' or an integer of at least 1, not True"),
-        ({"order": "first"}, "order must be 'auto', 'depthwise_first' or 'pointwise_first', not 'first'"),
+        ({"order": "first"}, "order must be one of 'auto', 'depthwise_first', 'pointwise_first', not 'first'"),
         ({"max_error": None}, "multiplier 'auto' is chosen by max_error: give it, or a multiplier such as 2"),
         ({"max_error": 1.5}, "max_error must be a share between 0 and 1, or None, not 1.5"),
         ({"max_error": "small"}, "max_error must be a share between 0 and 1, or None, not 'small'"),
-        ({"fit": "both"}, "fit must be 'auto', 'weights' or 'data', not 'both'"),
+        ({"fit": "both"}, "fit must be one of 'auto', 'weights', 'data', not 'both'"),
         ({"ignore": "head"}, "ignore must be a tuple"),
     ],
 )
