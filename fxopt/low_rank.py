@@ -182,8 +182,9 @@ class LowRank:
                     )
                 continue
             most = min(size, self._kernel[1] * outputs) if method == "spatial" else size
+            by_rank = self._lost_along(method, covariance)
             for rank in _ranks(most, step, _GRID, grid.rank, at_most=method == "tucker"):
-                lost = self._lost_along(method, rank, covariance)
+                lost = by_rank[:, rank]
                 if method == "spatial":
                     yield Form(method, (rank,), self._macs(sizes, method, (rank,)), float(lost.sum()) / total)
                     continue
@@ -270,13 +271,33 @@ class LowRank:
         zeros = self._weight.new_zeros(self._groups * self._weight.shape[2])
         return zeros if offset is None else offset.reshape(-1)
 
-    def _lost_along(self, method: Method, rank: int, covariance: Tensor | None) -> Tensor:
-        """What a projection of the inputs loses along each axis of the outputs, [groups, outputs]."""
-        encode, core = self._projected(method, rank)
-        off = ((self._weight - self._refolded(encode @ core)) * self._scale) @ self._axes
-        spread = off if covariance is None else covariance @ off
-        lost: Tensor = (off * spread).sum(1).clamp(min=0)
-        return lost
+    def _lost_along(self, method: Method, covariance: Tensor | None) -> Tensor:
+        """What a projection of the inputs loses along each axis of the outputs, [groups, size + 1, outputs], by rank.
+
+        What is lost at rank r is the sum of e_k B_k over k >= r, with B_k = d_k W. So its variance is a sum over such k
+        and l of B_k S_kl B_l, with the covariance S in the coordinates E: of pairs, each at the smaller of its two.
+        """
+        axis = self._inputs[method]
+        size = self._size(method)
+        unfolded = self._weight.reshape(self._groups, size, -1)
+        parts = (axis.decode @ unfolded).reshape(self._groups, size, -1, self._weight.shape[2])
+        parts = (parts * self._scale.unsqueeze(1)) @ self._axes.unsqueeze(1)
+        if covariance is None:
+            each = parts.square().sum(2)
+        else:
+            places = parts.shape[2]
+            turned = axis.encode.transpose(1, 2) @ covariance.reshape(self._groups, size, -1)
+            turned = turned.reshape(self._groups, size * places, size, places).transpose(2, 3) @ axis.encode.unsqueeze(
+                1
+            )
+            pairs = 2 * torch.ones(size, size, dtype=turned.dtype, device=turned.device).triu(1)
+            pairs.fill_diagonal_(1)
+            turned = turned.reshape(self._groups, size, places, places, size) * pairs[:, None, None]
+            flat = parts.transpose(1, 2).reshape(self._groups, places * size, -1)
+            each = (parts * (turned.flatten(3).flatten(1, 2) @ flat).reshape(parts.shape)).sum(2)
+        lost = each.flip(1).cumsum(1).flip(1).clamp(min=0)
+        found: Tensor = torch.cat([lost, torch.zeros_like(lost[:, :1])], 1)
+        return found
 
     def _offset(self, lost: Tensor) -> Tensor | None:
         """The mean of what is lost, [groups, outputs]; None where the patches are not known."""
