@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,10 +21,10 @@ from torch import Tensor, nn
 
 import fxopt
 from benchmarks.fashion_mnist import CHECKPOINT, FOLDER, accuracy, images, trained
-from benchmarks.networks import load_network
+from benchmarks.networks import load_network, reestimated
 from benchmarks.numerics import count_macs
 from benchmarks.photographs import crops, efficientnet_lite0
-from benchmarks.results import RESULTS, Table, save
+from benchmarks.results import RESULTS, Table, save, verdict_data, verdict_lines
 from benchmarks.timing import interleave
 from fxopt.passes import FactorizeLowRank
 from fxopt.progress import progress
@@ -99,7 +99,7 @@ def _accuracy(arguments: argparse.Namespace) -> bool:
                 module = rewritten(budget)
                 row: Row = {"share": share, "setting": name, "macs": (_count(subject, module) - total + able) / able}
                 row["raw"] = accuracy(module, test)
-                row["reestimated"] = accuracy(_reestimated(module, subject), test)
+                row["reestimated"] = accuracy(reestimated(module, subject.calibration), test)
                 rows.append(row)
                 advance(1)
     verdicts = []
@@ -116,7 +116,7 @@ def _accuracy(arguments: argparse.Namespace) -> bool:
         )
     notes = [
         f"the whole network: {whole:.2%}; {len(test)} test images",
-        *(f"{'met' if good else 'MISSED'}: {text}" for text, good in verdicts),
+        *verdict_lines(verdicts),
         "MACs: of the 3 x 3 convolutions behind the first, over their own, by torch's flop counter",
         f"re-estimated: fxopt's reestimate_batch_norm for all, on {len(pixels)} training images; fxopt fits to them",
         "one ratio: the same share of its MACs for each layer. no fit: fit=False. no data: without calibration",
@@ -136,7 +136,7 @@ def _accuracy(arguments: argparse.Namespace) -> bool:
         ],
         notes,
     )
-    save(arguments.out / "accuracy.json", table, {"accuracy": whole, "rows": rows, "bars": _bars(verdicts)})
+    save(arguments.out / "accuracy.json", table, {"accuracy": whole, "rows": rows, "bars": verdict_data(verdicts)})
     return all(good for _, good in verdicts)
 
 
@@ -152,7 +152,7 @@ def _fidelity(arguments: argparse.Namespace) -> bool:
     with progress("factorizing", len(WHOLE_SHARES) * len(_settings(subject)), "networks") as advance:
         for share in WHOLE_SHARES:
             for name, rewritten in _settings(subject).items():
-                module = _reestimated(rewritten(share * total), subject)
+                module = reestimated(rewritten(share * total), subject.calibration)
                 with torch.no_grad():
                     found = torch.cat([module(part) for part in test.split(16)])
                 rows.append(
@@ -210,9 +210,9 @@ def _speed(arguments: argparse.Namespace) -> bool:
         "ONNX engines at half the MACs, batch as in the suite, one thread",
         ["network", "whole ms", "factorized ms", "times as fast"],
         rows,
-        [f"{'met' if good else 'MISSED'}: {text}" for text, good in verdicts],
+        verdict_lines(verdicts),
     )
-    save(arguments.out / "speed.json", table, {"networks": networks, "bars": _bars(verdicts)})
+    save(arguments.out / "speed.json", table, {"networks": networks, "bars": verdict_data(verdicts)})
     return all(good for _, good in verdicts)
 
 
@@ -341,24 +341,9 @@ def _count(subject: Subject, module: nn.Module) -> int:
     return count_macs(module, (subject.calibration[0][:2],))
 
 
-def _reestimated(module: nn.Module, subject: Subject) -> nn.Module:
-    program = fxopt.optimize(
-        module,
-        subject.calibration[0][:2],
-        ["reestimate_batch_norm"],
-        calibration=subject.calibration,
-        on_no_match="ignore",
-    )
-    return program.module.eval()
-
-
 def _is_3x3(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
 
 
 def _is_dense(module: nn.Module) -> bool:
     return isinstance(module, nn.Conv2d) and module.groups == 1
-
-
-def _bars(verdicts: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
-    return [{"bar": text, "met": good} for text, good in verdicts]

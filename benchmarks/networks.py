@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import fxopt
 from benchmarks.errors import BenchmarkError
 from benchmarks.numerics import randomise, seed
 
@@ -115,3 +116,11 @@ def load_network(name: str, *, size: int | None = None, batch: int = 1) -> Netwo
     generator = torch.Generator().manual_seed(seed(name))
     randomise(model.eval(), generator)
     return Network(name, model, (torch.randn(batch, *shape, generator=generator),))
+
+
+def reestimated(model: nn.Module, calibration: Sequence[Tensor]) -> nn.Module:
+    """A copy in evaluation mode whose batch norms have the statistics of these batches."""
+    program = fxopt.optimize(
+        model, calibration[0][:2], ["reestimate_batch_norm"], calibration=calibration, on_no_match="ignore"
+    )
+    return program.module.eval()

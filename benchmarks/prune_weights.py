@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from benchmarks import fashion_mnist
 from benchmarks.errors import BenchmarkError
-from benchmarks.results import RESULTS, Table, number_text, save
+from benchmarks.results import RESULTS, Table, number_text, save, verdict_data, verdict_lines
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 NETWORKS = ("resnet14", "efficientnet_lite0")
@@ -93,10 +93,10 @@ def run(arguments: argparse.Namespace) -> int:
         "torch: torch.nn.utils.prune; where its weights are those of fxopt to the bit, what these were measured at",
         "top-1 and SQNR are of the whole network's outputs; nothing is trained",
         "compressed: the file of save(compress=True); of the plain: over that of the network as it is",
-        *(f"{'met' if met else 'MISSED'}: {text}" for text, met in bars),
+        *verdict_lines(bars),
     ]
     table = Table("prune_weights", COLUMNS, [_cells(row) for row in results], notes)
-    data = {"rows": results, "bars": [{"bar": text, "met": met} for text, met in bars]}
+    data = {"rows": results, "bars": verdict_data(bars)}
     save(arguments.out or RESULTS / "prune_weights.json", table, data)
     return int(not all(met for _, met in bars))
 

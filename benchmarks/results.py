@@ -60,6 +60,16 @@ class Table:
             console.print(escape(note))
 
 
+def verdict_lines(verdicts: Sequence[tuple[str, bool]]) -> list[str]:
+    """Notes: each bar, and whether it is met."""
+    return [f"{'met' if good else 'MISSED'}: {text}" for text, good in verdicts]
+
+
+def verdict_data(verdicts: Sequence[tuple[str, bool]]) -> list[dict[str, Any]]:
+    """The same as plain JSON."""
+    return [{"bar": text, "met": good} for text, good in verdicts]
+
+
 def shorten(text: str) -> str:
     """A cell of at most 300 characters: the JSON has the whole."""
     return text if len(text) <= 300 else f"{text[:297]}..."

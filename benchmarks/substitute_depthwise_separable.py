@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +19,10 @@ from torch import Tensor, nn
 
 import fxopt
 from benchmarks.fashion_mnist import CHECKPOINT, FOLDER, Images, accuracy, images, train, trained
+from benchmarks.networks import reestimated
 from benchmarks.numerics import count_macs
 from benchmarks.prune_accuracy.study import RATE
-from benchmarks.results import RESULTS, Table, save
+from benchmarks.results import RESULTS, Table, save, verdict_data, verdict_lines
 from fxopt.analysis.costs import macs_by_node
 from fxopt.frontends.capture import capture
 from fxopt.passes import SubstituteDepthwiseSeparable
@@ -45,7 +45,6 @@ _NOT_ON = (
 )
 
 Row = dict[str, Any]
-Verdicts = Sequence[tuple[str, bool]]
 
 
 class Subject(NamedTuple):
@@ -156,14 +155,14 @@ def _layers(subject: Subject, arguments: argparse.Namespace) -> bool:
             for row in [*found, *means]
         ],
         [
-            *_lines(verdicts),
+            *verdict_lines(verdicts),
             f"measured behind the layer's BatchNorm on {len(pixels)} test images; fitted to "
             f"{sum(map(len, subject.calibration))} training images; one layer is substituted at a time",
             "MACs: of the layer, over its own",
             _NOT_ON,
         ],
     )
-    save(arguments.out / "layers.json", table, {"rows": found, "means": means, "bars": _bars(verdicts)})
+    save(arguments.out / "layers.json", table, {"rows": found, "means": means, "bars": verdict_data(verdicts)})
     return all(good for _, good in verdicts)
 
 
@@ -185,7 +184,7 @@ def _accuracy(subject: Subject, arguments: argparse.Namespace) -> bool:
             for setting, network in named.items():
                 row: Row = {"setting": setting, "layers": layers, "macs": _macs(subject, network)}
                 row["raw"] = accuracy(network, subject.test)
-                row["reestimated"] = accuracy(_reestimated(subject, network), subject.test)
+                row["reestimated"] = accuracy(reestimated(network, subject.calibration), subject.test)
                 rows.append(row)
             advance(1)
     table = Table(
@@ -225,7 +224,7 @@ def _finetune(subject: Subject, arguments: argparse.Namespace) -> bool:
                 module, _ = _substituted(subject, _fixed(multiplier, "data"))
                 if name == RANDOM:
                     module = _randomised(module)
-                module = _reestimated(subject, module).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                module = reestimated(module, subject.calibration).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
                 row: Row = {"multiplier": multiplier, "setting": name, "macs": _macs(subject, module)}
                 row["before"] = accuracy(module, subject.test)
                 train(module, data, epochs=1, rate=RATE)
@@ -257,13 +256,13 @@ def _finetune(subject: Subject, arguments: argparse.Namespace) -> bool:
         ],
         [
             f"the whole network: {whole:.2%}; {len(subject.test)} test images, {len(data)} training images",
-            *_lines(verdicts),
+            *verdict_lines(verdicts),
             "MACs: of the network, over its own. before: BatchNorm statistics re-estimated for both",
             f"training: SGD as of benchmarks/fashion_mnist.py with a rate of {RATE:g}, as prune_accuracy trains",
             "random: layers of the same shape, initialised as torch does by default; all others as trained",
         ],
     )
-    save(arguments.out / "finetune.json", table, {"accuracy": whole, "rows": rows, "bars": _bars(verdicts)})
+    save(arguments.out / "finetune.json", table, {"accuracy": whole, "rows": rows, "bars": verdict_data(verdicts)})
     return all(good for _, good in verdicts)
 
 
@@ -302,17 +301,6 @@ def _randomised(module: nn.Module) -> nn.Module:
     return module
 
 
-def _reestimated(subject: Subject, module: nn.Module) -> nn.Module:
-    program = fxopt.optimize(
-        module,
-        subject.calibration[0][:2],
-        ["reestimate_batch_norm"],
-        calibration=subject.calibration,
-        on_no_match="ignore",
-    )
-    return program.module.eval()
-
-
 def _macs(subject: Subject, module: nn.Module) -> float:
     example = (subject.calibration[0][:2],)
     return count_macs(module, example) / count_macs(subject.model, example)
@@ -331,11 +319,3 @@ def _behind(module: nn.Module, path: str, pixels: Tensor) -> Tensor:
         module(pixels)
     handle.remove()
     return found[0]
-
-
-def _lines(verdicts: Verdicts) -> list[str]:
-    return [f"{'met' if good else 'MISSED'}: {text}" for text, good in verdicts]
-
-
-def _bars(verdicts: Verdicts) -> list[Row]:
-    return [{"bar": text, "met": good} for text, good in verdicts]

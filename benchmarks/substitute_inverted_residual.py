@@ -19,8 +19,9 @@ from torch import nn
 
 import fxopt
 from benchmarks.fashion_mnist import CHECKPOINT, FOLDER, accuracy, images, train, trained
+from benchmarks.networks import reestimated
 from benchmarks.prune_accuracy.study import RATE
-from benchmarks.results import RESULTS, Table, save
+from benchmarks.results import RESULTS, Table, save, verdict_data, verdict_lines
 from fxopt.passes import SubstituteInvertedResidual
 
 REGRESSED, CLOSED_FORM, RANDOM = "regressed", "regressed, steps=0", "random"
@@ -63,7 +64,7 @@ def run(arguments: argparse.Namespace) -> int:
     cost = programs[REGRESSED].cost()
     rows: list[dict[str, Any]] = []
     for name, module in modules.items():
-        adapted = _reestimated(module, calibration)
+        adapted = reestimated(module, calibration)
         row: dict[str, Any] = {
             "initialisation": name,
             "raw": accuracy(module, test),
@@ -103,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{len(report.rewrites)} blocks replaced: {share_macs:.1%} of MACs, {share_params:.1%} of parameters left",
             *map(str, report.rewrites),
             *(f"left alone: {skip}" for skip in report.skips),
-            *(f"{'met' if good else 'MISSED'}: {text}" for text, good in verdicts),
+            *verdict_lines(verdicts),
             f"re-estimated: reestimate_batch_norm for all, on the {arguments.calibration} training images fitted to",
             f"an epoch: {len(epoch)} images at a rate of {RATE:g}, mean over {arguments.orders} order(s) of them",
         ],
@@ -114,7 +115,7 @@ def run(arguments: argparse.Namespace) -> int:
         "params": share_params,
         "blocks": [{"node": item.node, "what": item.what} for item in report.rewrites],
         "rows": rows,
-        "bars": [{"bar": text, "met": good} for text, good in verdicts],
+        "bars": verdict_data(verdicts),
     }
     save(arguments.out, table, data)
     return int(not all(good for _, good in verdicts))
@@ -147,10 +148,3 @@ def _drawn(substituted: nn.Module, model: nn.Module) -> nn.Module:
         elif path not in known and isinstance(module, nn.BatchNorm2d):
             module.reset_parameters()
     return twin.eval()
-
-
-def _reestimated(module: nn.Module, calibration: list[torch.Tensor]) -> nn.Module:
-    program = fxopt.optimize(
-        module, calibration[0][:2], ["reestimate_batch_norm"], calibration=calibration, on_no_match="ignore"
-    )
-    return program.module.eval()

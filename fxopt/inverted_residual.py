@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fxopt.analysis.patches import PatchLayer
-from fxopt.analysis.residual_blocks import padding_of
+from fxopt.analysis.patches import PatchLayer, padding_along
 from fxopt.analysis.samples import Seen, samples, wide
 from fxopt.errors import InputError
 from fxopt.regression import Regression
@@ -372,7 +371,7 @@ def _places(layer: nn.Conv2d, depthwise: nn.Conv2d) -> list[list[int]] | None:
     found = []
     for axis in range(2):
         spread, taps = int(depthwise.dilation[axis]), range(layer.kernel_size[axis])
-        ahead = padding_of(layer, axis)
+        ahead = padding_along(layer, axis)[0]
         offsets = [tap * layer.dilation[axis] - ahead + int(depthwise.padding[axis]) for tap in taps]
         inside = all(offset % spread == 0 and 0 <= offset // spread < depthwise.kernel_size[axis] for offset in offsets)
         if not inside:

@@ -21,6 +21,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from fxopt.analysis.patches import padding_along
+
 __all__ = [
     "Convolution",
     "Geometry",
@@ -85,14 +87,7 @@ def geometry_of(module: Convolution) -> Geometry | str:
         return Geometry(*shape, 1, (), (), (), (), (), macs=shape[0] * shape[1])
     size = tuple(module.kernel_size)
     dilation = tuple(step if width > 1 else 1 for step, width in zip(module.dilation, size, strict=True))
-    spans = [step * (width - 1) for step, width in zip(dilation, size, strict=True)]
-    if module.padding == "same":
-        front = tuple(span // 2 for span in spans)
-        back = tuple(span - span // 2 for span in spans)
-    elif module.padding == "valid":
-        front = back = (0,) * len(size)
-    else:
-        front = back = cast("tuple[int, ...]", tuple(module.padding))
+    front, back = zip(*(padding_along(module, axis) for axis in range(len(size))), strict=True)
     if module.padding_mode != "zeros" and any((*front, *back)):
         return f"pads with {module.padding_mode!r}, not with zeros"
     return Geometry(

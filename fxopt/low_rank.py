@@ -287,9 +287,8 @@ class LowRank:
         else:
             places = parts.shape[2]
             turned = axis.encode.transpose(1, 2) @ covariance.reshape(self._groups, size, -1)
-            turned = turned.reshape(self._groups, size * places, size, places).transpose(2, 3) @ axis.encode.unsqueeze(
-                1
-            )
+            turned = turned.reshape(self._groups, size * places, size, places).transpose(2, 3)
+            turned = turned @ axis.encode.unsqueeze(1)
             pairs = 2 * torch.ones(size, size, dtype=turned.dtype, device=turned.device).triu(1)
             pairs.fill_diagonal_(1)
             turned = turned.reshape(self._groups, size, places, places, size) * pairs[:, None, None]

@@ -6,7 +6,7 @@ a fit in the end (`fxopt/reconstruction.py`) knows what it gave.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
@@ -21,6 +21,7 @@ from fxopt.analysis.shapes import shapes
 from fxopt.analysis.weight_uses import reason_shared
 from fxopt.layer_times import time_ratio
 from fxopt.masking import mask_of
+from fxopt.passes_base import Skip
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -34,6 +35,7 @@ __all__ = [
     "reason_to_keep",
     "share_of_time",
     "sizes_of",
+    "sorted_out",
     "substitute",
     "with_weight",
 ]
@@ -75,6 +77,28 @@ def reason_to_keep(program: Program, node: fx.Node, ignore: Sequence[str]) -> st
     if len(program.analysis(shapes)[node.name].shape) < (2 if program.op(node) == "linear" else layer.weight.ndim):
         return "what it reads has no batch axis"
     return None
+
+
+def sorted_out(
+    program: Program, kinds: Collection[str], reason_to_leave: Callable[[Program, fx.Node], str | None]
+) -> tuple[list[fx.Node], list[Skip]]:
+    """The layers that may be written as others, and those that are left alone.
+
+    Args:
+        program: the program.
+        kinds: canonical operators of the layers to look at.
+        reason_to_leave: why a layer is left alone; None if it is not.
+    """
+    layers: list[fx.Node] = []
+    left: list[Skip] = []
+    for node in program.nodes:
+        if program.op(node) in kinds:
+            reason = reason_to_leave(program, node)
+            if reason is None:
+                layers.append(node)
+            else:
+                left.append(Skip(node.name, reason))
+    return layers, left
 
 
 def sizes_of(program: Program, node: fx.Node) -> Sizes:

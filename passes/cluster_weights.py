@@ -137,20 +137,22 @@ class ClusterWeights(Pass):
         weight = _weight(program, node)
         layers = [item for item in program.nodes if any(held is weight for held in held_tensors(program, item))]
         paths = sorted({str(item.target) for item in layers})
-        reason = self._reason_to_keep(program, layers, weight)
+        zero = self._has_zero(program, node)
+        clustered = self._bytes(weight, zero=zero)
+        reason = self._reason_to_keep(program, layers, weight, clustered)
         if reason is not None:
             return Skip(node.name, reason)
         if self.sensitivity == "fisher":
             fisher = measured(program, squared_gradients)[f"{node.target}.weight"]
             if not bool(fisher.any()):
                 return Skip(node.name, "the loss does not depend on its weight on the calibration data")
-        zero = self._has_zero(program, node)
-        what = f"cluster {', '.join(paths)}: {weight.nbytes} to {self._bytes(weight, zero=zero)} bytes"
+        what = f"cluster {', '.join(paths)}: {weight.nbytes} to {clustered} bytes"
         if zero:
             what += ", pruned weights stay zero"
         return Rewrite(node.name, what, {"layers": [item.name for item in layers]})
 
-    def _reason_to_keep(self, program: Program, layers: list[fx.Node], weight: Tensor) -> str | None:
+    def _reason_to_keep(self, program: Program, layers: list[fx.Node], weight: Tensor, clustered: int) -> str | None:
+        """Why a weight, read by these layers, is left alone; `clustered` is the bytes that it would take."""
         paths = {str(item.target) for item in layers}
         if any(fnmatch(path, pattern) for path in paths for pattern in self.ignore):
             return "ignored"
@@ -167,7 +169,6 @@ class ClusterWeights(Pass):
                 return f"{reader.name} reads a tensor of the layer"
         if not bool(weight.isfinite().all()):
             return "its weight is not finite"
-        clustered = self._bytes(weight, zero=self._has_zero(program, layers[0]))
         if clustered >= weight.nbytes:
             return f"nothing to gain: {weight.nbytes} bytes as it is, {clustered} clustered"
         return None
@@ -198,8 +199,8 @@ class ClusterWeights(Pass):
         if fisher is not None:
             importance = _rows_of(fisher, self._rows(weight)).astype(np.float64)
             importance = importance / importance.mean() + _LEAST_SENSITIVITY
-        pruned = values == 0
         if zero:
+            pruned = values == 0
             values, importance = _without(values, pruned, importance)
         found = torch.from_numpy(centroids(values, self._clusters() - zero, importance)).to(weight.dtype)
         codes = nearest(values, found.double().numpy())

@@ -42,6 +42,7 @@ from fxopt.substitution import (
     reason_to_keep,
     share_of_time,
     sizes_of,
+    sorted_out,
     substitute,
     with_weight,
 )
@@ -104,25 +105,20 @@ class FactorizeLowRank(Pass):
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per layer."""
-        layers: list[fx.Node] = []
-        for node in program.nodes:
-            if program.op(node) in _KINDS:
-                reason = self._reason_to_leave(program, node)
-                if reason is None:
-                    layers.append(node)
-                else:
-                    yield Skip(node.name, reason)
+        layers, left = sorted_out(program, _KINDS, self._reason_to_leave)
+        yield from left
         found = self._low_rank(program, [node.name for node in layers])
+        chosen, times = self._worthwhile(program, layers, found)
         changed = []
-        for node, form in zip(layers, self._worthwhile(program, layers, found), strict=True):
+        for place, (node, form) in enumerate(zip(layers, chosen, strict=True)):
             if isinstance(form, str):
                 yield Skip(node.name, form)
                 continue
             changed.append(node)
             ranks = " and ".join(map(str, form.ranks))
             taken = f"{form.macs / found[node.name].macs:.0%} of its MACs"
-            if self.gate == "time":
-                taken += f" and {self._time_ratio(program, node, found[node.name], form):.0%} of its time"
+            if (place, form) in times:
+                taken += f" and {times[place, form]:.0%} of its time"
             yield Rewrite(
                 node.name,
                 f"{form.method} of {node.target} through {ranks} channels: {taken}, "
@@ -155,29 +151,28 @@ class FactorizeLowRank(Pass):
             return f"it has no {self.method} form"
         return reason
 
-    def _worthwhile(self, program: Program, nodes: list[fx.Node], found: dict[str, LowRank]) -> list[Form | str]:
-        """The form of each layer, or why it has none.
+    def _worthwhile(
+        self, program: Program, nodes: list[fx.Node], found: dict[str, LowRank]
+    ) -> tuple[list[Form | str], dict[tuple[int, Form], float]]:
+        """The form of each layer, or why it has none; and the share of a layer's time that each form takes.
 
-        Of forms that are too slow narrower ones are tried, and other methods.
+        Of forms that are too slow narrower ones are tried, and other methods. Times are known if they have to be saved.
         """
         layers = [found[node.name] for node in nodes]
         candidates = [_Candidates(layer.forms, self._no_gain) for layer in layers]
+        times: dict[tuple[int, Form], float] = {}
         while True:
             chosen = list(self._chosen(program, layers, candidates))
-            tried = (
-                [place for place, form in enumerate(chosen) if isinstance(form, Form)] if self.gate == "time" else []
-            )
-            slow = False
-            with progress("timing layers", len(tried), "layers") as advance:
-                for place in tried:
-                    form = cast("Form", chosen[place])
-                    ratio = self._time_ratio(program, nodes[place], layers[place], form)
-                    if ratio > WORTH:
-                        slow = True
-                        candidates[place] = candidates[place].without(form, ratio)
+            new = [(place, form) for place, form in enumerate(chosen) if isinstance(form, Form)]
+            new = [] if self.gate == "macs" else [item for item in new if item not in times]
+            if not new:
+                return chosen, times
+            with progress("timing layers", len(new), "layers") as advance:
+                for place, form in new:
+                    times[place, form] = self._time_ratio(program, nodes[place], layers[place], form)
+                    if times[place, form] > WORTH:
+                        candidates[place] = candidates[place].without(form, times[place, form])
                     advance(1)
-            if not slow:
-                return chosen
 
     def _time_ratio(self, program: Program, node: fx.Node, layer: LowRank, form: Form) -> float:
         factors = layer.factors(form.method, form.ranks)

@@ -40,6 +40,7 @@ from fxopt.substitution import (
     reason_to_keep,
     share_of_time,
     sizes_of,
+    sorted_out,
     substitute,
 )
 
@@ -95,14 +96,8 @@ class SubstituteDepthwiseSeparable(Pass):
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per convolution."""
-        layers: list[fx.Node] = []
-        for node in program.nodes:
-            if program.op(node) in _KINDS:
-                reason = self._reason_to_leave(program, node)
-                if reason is None:
-                    layers.append(node)
-                else:
-                    yield Skip(node.name, reason)
+        layers, left = sorted_out(program, _KINDS, self._reason_to_leave)
+        yield from left
         chosen = self._chosen(program, [node.name for node in layers])
         times = self._times(program, layers, chosen)
         changed = []

@@ -92,7 +92,8 @@ class SubstituteInvertedResidual(Pass):
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per sum."""
-        found = {node: self._looked_at(program, node) for node in program.nodes if program.op(node) == "add"}
+        times: dict[str, float] = {}
+        found = {node: self._looked_at(program, node, times) for node in program.nodes if program.op(node) == "add"}
         blocks = {node.name: block for node, block in found.items() if not isinstance(block, str)}
         fits: Mapping[str, Fit] = {}
         reason = _reason_not_to_fit(program)
@@ -110,8 +111,8 @@ class SubstituteInvertedResidual(Pass):
                 continue
             names = listed([str(layer.target) for layer in block.convolutions(program)])
             taken = f"{_macs(block, sizes) / block.macs:.0%} of the MACs"
-            if self.gate == "time":
-                taken += f" and {_share_of_time(program, node, block, sizes):.0%} of the time"
+            if node.name in times:
+                taken += f" and {times[node.name]:.0%} of the time"
             what = (
                 f"an inverted residual of {sizes.hidden} channels, {sizes.kernel[0]} x {sizes.kernel[1]}, for {names}: "
                 f"{taken}, loses {error:.2%} of the outputs"
@@ -141,8 +142,8 @@ class SubstituteInvertedResidual(Pass):
             edit.bypass(program, node, value)
         keep(program, _done, cast("_Done | None", _Done(done.original, {**done.fits, rewrite.node: found})))
 
-    def _looked_at(self, program: Program, node: fx.Node) -> ResidualBlock | str:
-        """The block that ends in a sum, or why it stays."""
+    def _looked_at(self, program: Program, node: fx.Node, times: dict[str, float]) -> ResidualBlock | str:
+        """The block that ends in a sum, or why it stays; `times` gets the share of its time if that is to be saved."""
         block = residual_block(program, node)
         if isinstance(block, str):
             return block
@@ -155,9 +156,10 @@ class SubstituteInvertedResidual(Pass):
         if macs >= block.macs:
             return f"an inverted residual of {sizes.hidden} channels takes {macs:,} MACs, and the block {block.macs:,}"
         if self.gate == "time":
-            share = _share_of_time(program, node, block, sizes)
-            if share > WORTH:
-                return f"an inverted residual of {sizes.hidden} channels takes {share:.0%} of the block's time"
+            times[node.name] = _share_of_time(program, node, block, sizes)
+            if times[node.name] > WORTH:
+                taken = f"{times[node.name]:.0%} of the block's time"
+                return f"an inverted residual of {sizes.hidden} channels takes {taken}"
         return block
 
     def _sizes(self, block: ResidualBlock) -> Sizes:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import coverage, prune_channels
+from benchmarks import coverage, prune_channels, time_gate
 from benchmarks.__main__ import discover, main
 from benchmarks.batch_norms import foldable
 from benchmarks.comparison import CONV_OPS, NORM_OPS, compare
@@ -359,3 +359,18 @@ def test_torchvision_suite_has_the_three_kinds_at_their_sizes() -> None:
     assert not [name for name in entries if "quantized" in name or "raft" in name or "rcnn" in name]
     assert suite.build("mobilenet_v3_small").shapes == ((3, 224, 224),)
     assert suite.build("lraspp_mobilenet_v3_large").shapes == ((3, 128, 128),)
+
+
+def test_time_gate_has_a_row_for_each_gate_and_times_what_was_rewritten(tmp_path: Path) -> None:
+    out = tmp_path / "gate.json"
+    passes = ["--passes", "factorize_low_rank", "prune_weights"]
+    code = main(["time_gate", "--networks", "second-user", *passes, "--rounds", "2", "--out", str(out)])
+    data = json.loads(out.read_text())
+    assert [row["gate"] for row in data["rows"]] == ["macs", "time", "none"]
+    # whether the form that saves a third of the MACs is faster, is for the clock to say
+    assert [row["rewrites"] > 0 for row in data["rows"]][::2] == [True, True]
+    assert all((row["ratio"] is None) == (row["rewrites"] == 0) for row in data["rows"])
+    assert code == int(not data["met"])
+    assert "second-user" in out.with_suffix(".md").read_text()
+    with pytest.raises(BenchmarkError, match=r"no setting for fold_batch_norm; there are factorize_low_rank, "):
+        time_gate.run(argparse.Namespace(passes=["fold_batch_norm"]))

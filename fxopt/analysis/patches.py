@@ -11,14 +11,13 @@ This turns questions about weights into linear algebra, whatever the stride, the
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["PatchLayer"]
+__all__ = ["PatchLayer", "padding_along"]
 
 
 class PatchLayer:
@@ -101,19 +100,17 @@ class PatchLayer:
 
     def _padded(self, value: Tensor) -> Tensor:
         layer = self._layer
-        pads = _paddings(layer.padding, layer.kernel_size, layer.dilation)
+        # of the last axis first
+        pads = [pad for axis in reversed(range(len(layer.kernel_size))) for pad in padding_along(layer, axis)]
         if layer.padding_mode == "zeros":
             return F.pad(value, pads)
         return F.pad(value, pads, mode=layer.padding_mode)
 
 
-def _paddings(padding: str | Sequence[int], kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
-    """As `F.pad` takes them: of the last axis first, in front and behind."""
-    found: list[int] = []
-    for axis in reversed(range(len(kernel))):
-        whole = dilation[axis] * (kernel[axis] - 1)
-        if padding == "same":
-            found += [whole // 2, whole - whole // 2]
-        else:
-            found += [0, 0] if isinstance(padding, str) else [padding[axis]] * 2
-    return found
+def padding_along(layer: Any, axis: int) -> tuple[int, int]:
+    """How many positions a convolution pads along a spatial axis, in front and behind."""
+    if layer.padding == "same":
+        whole = layer.dilation[axis] * (layer.kernel_size[axis] - 1)
+        return whole // 2, whole - whole // 2
+    pad = 0 if isinstance(layer.padding, str) else int(layer.padding[axis])
+    return pad, pad

@@ -17,6 +17,7 @@ from torch import fx, nn
 from fxopt.analysis.affine import formula_of
 from fxopt.analysis.costs import macs_by_node
 from fxopt.analysis.identities import is_identity
+from fxopt.analysis.patches import padding_along
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.analysis.weight_uses import reason_shared
 from fxopt.masking import mask_of
@@ -25,7 +26,7 @@ from fxopt.ops import operators
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["Field", "ResidualBlock", "block_module", "padding_of", "residual_block"]
+__all__ = ["Field", "ResidualBlock", "block_module", "residual_block"]
 
 
 class Field(NamedTuple):
@@ -189,19 +190,12 @@ def _reason(program: Program, node: fx.Node) -> str | None:
     return None
 
 
-def padding_of(layer: nn.Conv2d, axis: int) -> int:
-    """How many positions of padding a convolution has in front, along an axis."""
-    if isinstance(layer.padding, str):
-        return layer.dilation[axis] * (layer.kernel_size[axis] - 1) // 2 if layer.padding == "same" else 0
-    return int(layer.padding[axis])
-
-
 def _field(layers: Sequence[Any], axis: int) -> Field:
     size, start, jump, step = 1, 0, 1, 0
     for layer in layers:
         if layer.kernel_size[axis] > 1:
             step = gcd(step, jump * layer.dilation[axis])
-        start -= jump * padding_of(layer, axis)
+        start -= jump * padding_along(layer, axis)[0]
         size += jump * layer.dilation[axis] * (layer.kernel_size[axis] - 1)
         jump *= layer.stride[axis]
     return Field(size, start, jump, step or 1)
