@@ -18,14 +18,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from torch import fx, nn
 
 from fxopt.analysis.layer_moments import layer_moments
 from fxopt.analysis.measurements import keep, measured
-from fxopt.depthwise_separable import Fitted, Order, Separable
+from fxopt.depthwise_separable import Fitted, Form, Order, Separable
 from fxopt.errors import InputError, PassError
 from fxopt.layer_times import WORTH, Gate
 from fxopt.options import check_choice, check_patterns
@@ -185,22 +184,39 @@ class SubstituteDepthwiseSeparable(Pass):
 
     def _choice(self, layer: Separable) -> Fitted | str:
         orders: tuple[Order, ...] = get_args(Order) if self.order == "auto" else (self.order,)
-        if self.multiplier == "auto":
-            forms = sorted(layer.forms(orders), key=lambda form: form.macs)
-            tries = [list(equal) for _, equal in groupby(forms, key=lambda form: form.macs)]
-        else:
-            forms = list(layer.forms(orders, self.multiplier))
-            tries = [forms] if forms else []
-        least: Fitted | None = None
-        for equal in tries:
-            best = min((layer.fitted(form) for form in equal), key=lambda fitted: fitted.error)
-            if self.max_error is None or best.error <= self.max_error:
-                return best
-            least = best if least is None or best.error < least.error else least
-        which = "no multiplier" if self.multiplier == "auto" else f"multiplier {self.multiplier}"
-        if least is None:
-            return f"{which} saves {'' if self.multiplier == 'auto' else 'no '}MACs"
+        is_auto = self.multiplier == "auto"
+        forms = list(layer.forms(orders, None if self.multiplier == "auto" else self.multiplier))
+        found: list[Fitted] = []
+        for order in orders:
+            # what takes more MACs than a form that is good enough is not fitted
+            most = min((each.form.macs for each in found if is_auto and self._is_within(each)), default=math.inf)
+            of_order = [form for form in forms if form.order == order and form.macs <= most]
+            if of_order:
+                found.append(self._narrowest(layer, of_order))
+        which = "no multiplier" if is_auto else f"multiplier {self.multiplier}"
+        if not found:
+            return f"{which} saves {'' if is_auto else 'no '}MACs"
+        good = [each for each in found if self._is_within(each)]
+        if good:
+            return min(good, key=lambda each: (each.form.macs if is_auto else 0, each.error))
+        least = min(found, key=lambda each: each.error)
         return f"at best it loses {least.error:.2%} of its outputs, {_name(least)}; max_error is {self.max_error:.2%}"
+
+    def _narrowest(self, layer: Separable, forms: Sequence[Form]) -> Fitted:
+        """The first form that is within `max_error`, or the last of all; each loses less than the one before it."""
+        low, high = 0, len(forms) - 1
+        found = layer.fitted(forms[high])
+        while low < high and self._is_within(found):
+            middle = (low + high) // 2
+            tried = layer.fitted(forms[middle])
+            if self._is_within(tried):
+                found, high = tried, middle
+            else:
+                low = middle + 1
+        return found
+
+    def _is_within(self, found: Fitted) -> bool:
+        return self.max_error is None or found.error <= self.max_error
 
     def _fitted(self, program: Program, name: str, order: Order, multiplier: int) -> Fitted:
         """The weights of a form: what planning found, if that was planned on this program."""

@@ -21,7 +21,7 @@ from benchmarks.errors import BenchmarkError
 from benchmarks.fashion_mnist import CHECKPOINT, FOLDER, images, trained
 from benchmarks.prune_accuracy import ours, peer
 from benchmarks.prune_accuracy.plot import check_matplotlib, save_plot
-from benchmarks.prune_accuracy.study import FXOPT, PEER, Network, Row, Setting, Study
+from benchmarks.prune_accuracy.study import FXOPT, PEER, RATE, Network, Row, Setting, Study
 from benchmarks.prune_accuracy.table import accuracy_table, best, to_json, verdicts, within_budget
 from benchmarks.results import RESULTS, environment, write_json, write_text
 from fxopt.progress import progress
@@ -46,6 +46,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trained", type=int, default=2, help="with --finetune best: how many of each side, besides the plain l2"
     )
+    parser.add_argument("--rate", type=float, default=RATE, help="the highest learning rate of the fine-tuning")
+    parser.add_argument("--orders", type=int, default=3, help="of the images, that each network is fine-tuned with")
     parser.add_argument(
         "--quick", action="store_true", help="512 test images, 256 for calibration, no training, default options only"
     )
@@ -68,6 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
         images("t10k", arguments.data).first(arguments.images),
         calibration=arguments.calibration,
         race=arguments.race,
+        rate=arguments.rate,
+        orders=arguments.orders,
     )
     budgets = sorted(set(arguments.budgets), reverse=True)
     settings = _matching([*ours.fxopt_settings(study), *peer.peer_settings(study)], arguments.settings)

@@ -21,14 +21,11 @@ import fxopt
 from benchmarks.fashion_mnist import Images, accuracy, train
 from benchmarks.numerics import count_macs
 
-__all__ = ["FXOPT", "ORDERS", "PEER", "RATE", "Accuracy", "Network", "Row", "Setting", "Study"]
+__all__ = ["FXOPT", "PEER", "RATE", "Accuracy", "Network", "Row", "Setting", "Study"]
 
 FXOPT, PEER = "fxopt", "Torch-Pruning"
 RATE = 0.02
 """The highest learning rate of the epoch: a tenth of the one that the network was trained with."""
-
-ORDERS = 3
-"""How many orders of the images each network is trained with."""
 
 _BATCH = 256
 
@@ -111,15 +108,35 @@ class Row:
 class Study:
     """The trained network, the data, and the measurements.
 
+    Args:
+        model: the trained network.
+        training, test: the images.
+        calibration: how many training images may be looked at without training.
+        race: how many test images all settings are measured on.
+        rate: the highest learning rate of the epoch of fine-tuning.
+        orders: how many orders of the images each network is fine-tuned with.
+
     Attributes:
         model: the trained network.
         calibration: the training images that may be looked at without training.
         test: all test images that are used.
+        rate, orders: as given.
         accuracy, race_accuracy: of the trained network, over all of them, and over those of the race.
     """
 
-    def __init__(self, model: nn.Module, training: Images, test: Images, *, calibration: int, race: int) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        training: Images,
+        test: Images,
+        *,
+        calibration: int,
+        race: int,
+        rate: float = RATE,
+        orders: int = 3,
+    ) -> None:
         self.model = model
+        self.rate, self.orders = rate, orders
         self.training = training
         self.calibration = training.first(calibration)
         self.test = test
@@ -177,9 +194,9 @@ class Study:
 
     def finetune(self, network: Network) -> None:
         """Trains for one epoch from the re-estimated network on, the images in the same orders for all networks."""
-        for order in range(len(network.trainings), ORDERS):
+        for order in range(len(network.trainings), self.orders):
             module = copy.deepcopy(network.adapted).to(memory_format=torch.channels_last)
-            train(module, self.training, epochs=1, rate=RATE, seed=order)
+            train(module, self.training, epochs=1, rate=self.rate, seed=order)
             network.trainings.append(_measure(module, self.test))
 
     def _reestimated(self, module: nn.Module) -> nn.Module:

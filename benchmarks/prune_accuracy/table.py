@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from benchmarks.prune_accuracy import ours, peer
-from benchmarks.prune_accuracy.study import FXOPT, ORDERS, PEER, RATE, Accuracy, Network, Row, Study
+from benchmarks.prune_accuracy.study import FXOPT, PEER, Accuracy, Network, Row, Study
 from benchmarks.results import Table, shorten
 
 __all__ = ["Verdict", "accuracy_table", "best", "budgets_of", "measured_fully", "to_json", "verdicts", "within_budget"]
@@ -100,6 +100,8 @@ def to_json(rows: Sequence[Row], study: Study, *, variants: Sequence[Row], secon
         "race_images": study.raced,
         "test_images": len(study.test),
         "calibration_images": len(study.calibration),
+        "rate": study.rate,
+        "orders": study.orders,
         "seconds": round(seconds),
         "bars": [{"bar": verdict.text, "met": verdict.met} for verdict in verdicts(rows, study)],
         "rows": [row.to_json() for row in rows],
@@ -127,8 +129,8 @@ def _notes(rows: Sequence[Row], study: Study) -> list[str]:
         f"re-estimated: fxopt's reestimate_batch_norm for both sides, on {len(study.calibration)} training images. "
         'Criteria that need data have the same, and with "data" fxopt fits to them the layers that read removed '
         "channels; classes are used by taylor, hessian and obdc alone",
-        f"fine-tuned: from there one epoch of SGD, one-cycle rate up to {RATE}; the mean over {ORDERS} orders of the "
-        "images, the same for all, between which the accuracies of a network have a standard deviation of "
+        f"fine-tuned: from there one epoch of SGD, one-cycle rate up to {study.rate:g}; the mean over {study.orders} "
+        "orders of the images, the same for all, between which the accuracies of a network have a standard deviation of "
         f"{100 * _deviation(rows):.2f} points",
         "Torch-Pruning: BasePruner in one step, default options, the classifier left whole. Its group norms also with "
         "other reductions and normalisers: of those, the best for each norm and scope at the middle budget is a row. "
