@@ -130,7 +130,7 @@ def _notes(rows: Sequence[Row], study: Study) -> list[str]:
         'Criteria that need data have the same, and with "data" fxopt fits to them the layers that read removed '
         "channels; classes are used by taylor, hessian and obdc alone",
         f"fine-tuned: from there one epoch of SGD, one-cycle rate up to {study.rate:g}; the mean over {study.orders} "
-        "orders of the images, the same for all, between which the accuracies of a network have a standard deviation of "
+        "orders of the images, the same for all; those of a network have a standard deviation of "
         f"{100 * _deviation(rows):.2f} points",
         "Torch-Pruning: BasePruner in one step, default options, the classifier left whole. Its group norms also with "
         "other reductions and normalisers: of those, the best for each norm and scope at the middle budget is a row. "
