@@ -24,6 +24,11 @@ BITS = (8, 4, 3, 2)
 NETWORKS = ("resnet14", "efficientnet_lite0")
 TIME_BAR, INERTIA_BAR, SIZE_BAR = 0.25, 1.01, 4.1
 _CALIBRATION = 256
+_VERSIONS: Mapping[str, Mapping[str, str]] = {
+    "fxopt": {},
+    "fxopt, fisher": {"sensitivity": "fisher"},
+    "fxopt, per channel": {"per": "channel"},
+}
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
     notes += [
         f"the bars are about a convolution of 512 x 512 x 3 x 3 Laplace-distributed weights and 16 clusters; fxopt "
         f"{large['seconds']:.2f} s, scikit-learn {large['peer_seconds']:.2f} s, medians of rounds in turns",
+        "clustered: the share of the parameters; per channel, layers of few weights a channel gain nothing",
         "bits a weight: of the file less the bytes of tensors that were not clustered; its header or graph counts",
         "SQNR: of the outputs, against the network's; score: accuracy, or the share of crops with the network's class",
         "fisher: mean squared gradients, on 256 training images or 32 crops with the network's classes as targets",
@@ -87,6 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
         "SQNR dB",
         "score",
         "seconds",
+        "clustered",
         "safetensors bits/weight",
         "onnx bits/weight",
     )
@@ -178,19 +185,22 @@ def _network(subject: _Subject, arguments: argparse.Namespace) -> list[dict[str,
         found.append({"bits": bits, "version": version, "sqnr_db": sqnr, "score": score, "seconds": seconds, **more})
 
     for bits in arguments.bits:
-        clustered: list[str] = []
-        for sensitivity in ("none", "fisher"):
-            pass_: Any = ClusterWeights(bits=bits, sensitivity=sensitivity)
+        clustered: dict[str, list[str]] = {}
+        for version, options in _VERSIONS.items():
+            pass_: Any = ClusterWeights(bits=bits, **options)
             start = time.perf_counter()
             program = fxopt.PassManager([pass_], verify="structure").run(captured)
             seconds = time.perf_counter() - start
-            clustered = [str(program.node(rewrite.node).target) for rewrite in program.report.passes[-1].rewrites]
-            weights = sum(subject.model.get_submodule(path).weight.numel() for path in clustered)  # type: ignore[operator, union-attr]
-            sizes = {} if sensitivity == "fisher" else _file_bits(subject.model, subject.test[:2], pass_, weights)
-            measure(bits, "fxopt" if sensitivity == "none" else "fxopt, fisher", program.module, seconds, **sizes)
+            paths = [str(program.node(rewrite.node).target) for rewrite in program.report.passes[-1].rewrites]
+            clustered[version] = paths
+            weights = sum(subject.model.get_submodule(path).weight.numel() for path in paths)  # type: ignore[operator, union-attr]
+            share = weights / sum(parameter.numel() for parameter in subject.model.parameters())
+            # what counts for more takes no more room
+            sizes = {} if "sensitivity" in options else _file_bits(subject.model, subject.test[:2], pass_, weights)
+            measure(bits, version, program.module, seconds, share=share, **sizes)
         if not arguments.no_peer:
             start = time.perf_counter()
-            twin = _peer_twin(subject.model, clustered, bits)
+            twin = _peer_twin(subject.model, clustered["fxopt"], bits)
             measure(bits, "scikit-learn", twin, time.perf_counter() - start)
     return found
 
@@ -246,6 +256,7 @@ def _row(network: str, found: Mapping[str, Any]) -> list[str]:
         text("sqnr_db", ".1f"),
         text("score", ".4f"),
         text("seconds", ".1f"),
+        text("share", ".1%"),
         text("safetensors_bits", ".2f"),
         text("onnx_bits", ".2f"),
     ]
