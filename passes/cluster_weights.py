@@ -21,24 +21,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
-from typing import Any, ClassVar, Literal, cast
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, fx, nn
 
-from fxopt import edit
-from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.weight_sensitivity import squared_gradients
 from fxopt.codebook import CodebookWeight, packed_bytes
 from fxopt.errors import InputError
+from fxopt.held_weight import FUNCTIONS, call_with, readers_of, reason_to_leave, weight_of
 from fxopt.kmeans import centroids, nearest
 from fxopt.masking import mask_of
-from fxopt.ops import Call
 from fxopt.options import check_choice, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
@@ -46,16 +42,6 @@ from fxopt.program import Program
 __all__ = ["ClusterWeights"]
 
 _DEFAULT_CLUSTERS = 16
-_FUNCTIONS: dict[str, Any] = {
-    "conv1d": F.conv1d,
-    "conv2d": F.conv2d,
-    "conv3d": F.conv3d,
-    "conv_transpose1d": F.conv_transpose1d,
-    "conv_transpose2d": F.conv_transpose2d,
-    "conv_transpose3d": F.conv_transpose3d,
-    "linear": F.linear,
-    "embedding": F.embedding,
-}
 _OTHER_LAYERS = frozenset({"lstm", "gru", "rnn", "bilinear", "embedding_bag", "multi_head_attention"})
 _LEAST_SENSITIVITY = 1e-6  # of the mean: weights that the data do not reach are clustered too
 _UNCOUNTED = 1e-12
@@ -106,14 +92,14 @@ class ClusterWeights(Pass):
         seen: set[int] = set()
         for node in program.nodes:
             call = program.call(node)
-            if call.op in _FUNCTIONS and call.module is None:
+            if call.op in FUNCTIONS and call.module is None:
                 source = call.arguments.get("weight")
                 clustered = isinstance(source, fx.Node) and program.op(source) == "codebook_weight"
                 yield Skip(node.name, "clustered already" if clustered else f"its weight comes from {source}")
             elif call.op in _OTHER_LAYERS:
                 yield Skip(node.name, f"the weights of {call.op} are not clustered")
-            elif call.op in _FUNCTIONS and id(_weight(program, node)) not in seen:
-                seen.add(id(_weight(program, node)))
+            elif call.op in FUNCTIONS and id(weight_of(program, node)) not in seen:
+                seen.add(id(weight_of(program, node)))
                 yield self._decision(program, node)
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
@@ -123,19 +109,19 @@ class ClusterWeights(Pass):
         """
         layers = [program.node(name) for name in rewrite.params["layers"]]
         fisher = measured(program, squared_gradients) if self.sensitivity == "fisher" else None
-        weight = _weight(program, layers[0])
+        weight = weight_of(program, layers[0])
         mask = mask_of(program.module_of(layers[0]))
         values = weight if mask is None else nn.Parameter(weight.detach().masked_fill(~mask, 0), weight.requires_grad)
         importance = None if fisher is None else fisher[f"{layers[0].target}.weight"]
         held = self._held(values, importance, zero=self._has_zero(program, layers[0]))
-        _call_with(program, layers, held)
+        call_with(program, layers, held)
         if fisher is not None:
             # of the trained weights, by which the layers that follow are to be clustered too
             keep(program, squared_gradients, fisher)
 
     def _decision(self, program: Program, node: fx.Node) -> Rewrite | Skip:
-        weight = _weight(program, node)
-        layers = [item for item in program.nodes if any(held is weight for held in held_tensors(program, item))]
+        weight = weight_of(program, node)
+        layers = readers_of(program, weight)
         paths = sorted({str(item.target) for item in layers})
         zero = self._has_zero(program, node)
         clustered = self._bytes(weight, zero=zero)
@@ -153,29 +139,14 @@ class ClusterWeights(Pass):
 
     def _reason_to_keep(self, program: Program, layers: list[fx.Node], weight: Tensor, clustered: int) -> str | None:
         """Why a weight, read by these layers, is left alone; `clustered` is the bytes that it would take."""
-        paths = {str(item.target) for item in layers}
-        if any(fnmatch(path, pattern) for path in paths for pattern in self.ignore):
-            return "ignored"
-        for item in layers:
-            if program.op(item) not in _FUNCTIONS:
-                return f"its weight is read by {item.name} too"
-            if mask_of(program.module_of(item)) is not mask_of(program.module_of(layers[0])):
-                return "layers that share its weight have other masks"
-            reason = _no_functional_form(program, item)
-            if reason is not None:
-                return reason
-        for reader in program.nodes:
-            if reader.op == "get_attr" and str(reader.target).rpartition(".")[0] in paths:
-                return f"{reader.name} reads a tensor of the layer"
-        if not bool(weight.isfinite().all()):
-            return "its weight is not finite"
-        if clustered >= weight.nbytes:
+        reason = reason_to_leave(program, layers, self.ignore)
+        if reason is None and clustered >= weight.nbytes:
             return f"nothing to gain: {weight.nbytes} bytes as it is, {clustered} clustered"
-        return None
+        return reason
 
     def _has_zero(self, program: Program, node: fx.Node) -> bool:
         """Whether one of a layer's clusters is zero."""
-        weight = _weight(program, node)
+        weight = weight_of(program, node)
         zeros = weight.numel() - int(weight.count_nonzero())
         return mask_of(program.module_of(node)) is not None or zeros * self._clusters() > weight.numel()
 
@@ -232,56 +203,3 @@ def _require_data(program: Program) -> None:
             "cluster_weights(sensitivity='fisher') takes gradients of the loss: pass calibration=, an iterable of "
             "batches that hold targets behind the inputs, (x, target)"
         )
-
-
-def _weight(program: Program, node: fx.Node) -> Tensor:
-    return cast("Tensor", cast("nn.Module", program.module_of(node)).weight)
-
-
-def _no_functional_form(program: Program, node: fx.Node) -> str | None:
-    """Why a layer cannot be called with a weight from elsewhere."""
-    if len(node.args) + len(node.kwargs) > 1:
-        return f"{node.name} is called with an output size"
-    if program.op(node) == "embedding" and cast("nn.Embedding", program.module_of(node)).max_norm is not None:
-        return f"{node.target} normalises its weight as it is read"
-    return None
-
-
-def _call_with(program: Program, layers: list[fx.Node], held: CodebookWeight) -> None:
-    """Puts `held` in the place of the first layer's module, and calls all of the layers with what it gives."""
-    calls = [program.call(layer) for layer in layers]
-    paths = [str(layer.target) for layer in layers]
-    source = layers[0]
-    edit.set_module(program, source, held)
-    biases: dict[int, fx.Node] = {}
-    for call, path in zip(calls, paths, strict=True):
-        bias = getattr(call.module, "bias", None)
-        if bias is not None and id(bias) not in biases:
-            biases[id(bias)] = edit.insert_tensor(program, source, bias, name=f"{path}.bias")
-    for layer, call in zip(layers, calls, strict=True):
-        # the first goes first: what is behind it may be the input of another
-        value = next(iter((*layer.args, *layer.kwargs.values())))
-        padding = getattr(call.module, "padding_mode", "zeros")
-        if padding != "zeros":
-            pads = tuple(cast("Any", call.module)._reversed_padding_repeated_twice)
-            value = edit.insert_before(program, layer, F.pad, (value, pads, padding))
-        arguments = (value, source, *_options(call, biases.get(id(getattr(call.module, "bias", None)))))
-        if layer is source:
-            edit.set_arguments(program, source, ())
-            edit.insert_after(program, source, _FUNCTIONS[call.op], arguments)
-        else:
-            edit.replace(program, layer, _FUNCTIONS[call.op], arguments, {})
-
-
-def _options(call: Call, bias: fx.Node | None) -> tuple[Any, ...]:
-    """The arguments of the functional form behind input and weight."""
-    layer: Any = call.module
-    if call.op == "embedding":
-        # gradients of a weight that is computed cannot be sparse
-        return (layer.padding_idx, None, 2.0, layer.scale_grad_by_freq, False)
-    if call.op == "linear":
-        return (bias,)
-    padding = layer.padding if layer.padding_mode == "zeros" else 0
-    if call.op.startswith("conv_transpose"):
-        return (bias, layer.stride, padding, layer.output_padding, layer.groups, layer.dilation)
-    return (bias, layer.stride, padding, layer.dilation, layer.groups)
