@@ -193,7 +193,7 @@ def optimize(
     manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
     program = _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
     if backend is not None:
-        program.layer_times = LayerTimes(make_backend(backend), program.target)
+        _aim(program, make_backend(backend))
     return manager.run(program)
 
 
@@ -238,7 +238,7 @@ def explain(
     else:
         program = _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
     if backend is not None:
-        program.layer_times = LayerTimes(make_backend(backend), program.target)
+        _aim(program, make_backend(backend))
     return manager.explain(program)
 
 
@@ -296,7 +296,7 @@ class _Pending:
         )
         if not self.backend.runs_training:
             _refuse_training(program, self.backend)
-        program.layer_times = LayerTimes(self.backend, program.target)
+        _aim(program, self.backend)
         program = self.manager.run(program)
         if self.dynamic_batch and program.fixed_batch is not None:
             batch_warning = f"the engine takes the batch size of the example inputs only: {program.fixed_batch}"
@@ -308,6 +308,12 @@ class _Pending:
         if self.manager.verify == "numerics":
             _check_parity(program, engine, self.backend)
         return _Finished(engine, self.backend, program.signature, report, program.target)
+
+
+def _aim(program: Program, backend: Backend) -> None:
+    """Tells a program what it is for."""
+    program.layer_times = LayerTimes(backend, program.target)
+    program.scheme = backend.scheme(program.target)
 
 
 def _refuse_training(program: Program, backend: Backend) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 
 from fxopt.errors import InputError
+from fxopt.integer_scheme import Scheme
 from fxopt.spec import spec_string
 
 if TYPE_CHECKING:
@@ -140,6 +141,10 @@ class Backend(ABC):
             ArtifactError: if the files are not those of this backend.
             BackendUnavailable: if `unavailable()` has a reason.
         """
+
+    def scheme(self, target: Target) -> Scheme:
+        """Which integers its kernels multiply on a target."""
+        return Scheme.of(target)
 
     def __str__(self) -> str:
         return spec_string(self)

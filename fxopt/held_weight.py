@@ -78,17 +78,25 @@ def _no_functional_form(program: Program, node: fx.Node) -> str | None:
     return None
 
 
-def call_with(program: Program, layers: Sequence[fx.Node], held: nn.Module) -> None:
-    """Puts `held` in the place of the first layer's module, and calls all of the layers with what it gives."""
+def call_with(program: Program, layers: Sequence[fx.Node], held: nn.Module, bias: nn.Module | None = None) -> None:
+    """Puts `held` in the place of the first layer's module, and calls all of the layers with what it gives.
+
+    Args:
+        program: is edited.
+        layers: all that read the weight, in the order of the program.
+        held: gives the weight.
+        bias: gives the bias of all of them; by default they keep theirs.
+    """
     calls = [program.call(layer) for layer in layers]
     paths = [str(layer.target) for layer in layers]
     source = layers[0]
     edit.set_module(program, source, held)
     biases: dict[int, fx.Node] = {}
+    given = None if bias is None else edit.insert_before(program, source, bias, (), name=f"{paths[0]}.bias")
     for call, path in zip(calls, paths, strict=True):
-        bias = getattr(call.module, "bias", None)
-        if bias is not None and id(bias) not in biases:
-            biases[id(bias)] = edit.insert_tensor(program, source, bias, name=f"{path}.bias")
+        own = getattr(call.module, "bias", None)
+        if given is None and own is not None and id(own) not in biases:
+            biases[id(own)] = edit.insert_tensor(program, source, own, name=f"{path}.bias")
     for layer, call in zip(layers, calls, strict=True):
         # the first goes first: what is behind it may be the input of another
         value = next(iter((*layer.args, *layer.kwargs.values())))
@@ -96,7 +104,7 @@ def call_with(program: Program, layers: Sequence[fx.Node], held: nn.Module) -> N
         if padding != "zeros":
             pads = tuple(cast("Any", call.module)._reversed_padding_repeated_twice)
             value = edit.insert_before(program, layer, F.pad, (value, pads, padding))
-        arguments = (value, source, *_options(call, biases.get(id(getattr(call.module, "bias", None)))))
+        arguments = (value, source, *_options(call, given or biases.get(id(getattr(call.module, "bias", None)))))
         if layer is source:
             edit.set_arguments(program, source, ())
             edit.insert_after(program, source, FUNCTIONS[call.op], arguments)

@@ -22,6 +22,7 @@ __all__ = ["OPERATORS", "Operator"]
 _CONV = "input weight bias stride padding dilation groups"
 _CONV_TRANSPOSE = "input weight bias stride padding output_padding groups dilation"
 _POOL = "input kernel_size stride padding"
+_AFFINE = "input scale zero_point quant_min quant_max dtype"
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ OPERATORS: tuple[Operator, ...] = (
     _op("linear", "input weight bias", functions=(F.linear,), aten="linear", modules=(nn.Linear, masking.MaskedLinear)),
     _op("bilinear", "input1 input2 weight bias", functions=(F.bilinear,), aten="bilinear", modules=(nn.Bilinear,)),
     _op("codebook_weight", "", modules=("fxopt.codebook.CodebookWeight",)),
+    _op("quantized_tensor", "", modules=("fxopt.quantization.QuantizedTensor",)),
+    _op("quantize", _AFFINE, functions=("quantized_decomposed.quantize_per_tensor.default",)),
+    _op("dequantize", _AFFINE, functions=("quantized_decomposed.dequantize_per_tensor.default",)),
     _op(
         "embedding",
         "input weight padding_idx max_norm norm_type scale_grad_by_freq sparse",

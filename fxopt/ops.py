@@ -17,13 +17,16 @@ from torch import fx, nn
 
 from fxopt.operator_table import OPERATORS, Operator
 
-__all__ = ["DROPOUTS", "MODE_DEPENDENT", "Call", "is_known_module", "operators", "resolve"]
+__all__ = ["DROPOUTS", "HELD", "MODE_DEPENDENT", "Call", "is_known_module", "operators", "resolve"]
 
 DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
 """Operators that draw random zeros in training and hand their input on otherwise."""
 
 MODE_DEPENDENT = DROPOUTS | {"batch_norm", "instance_norm", "lstm", "gru", "rnn", "multi_head_attention"}
 """Operators that are random, or update statistics, in training only."""
+
+HELD = frozenset({"codebook_weight", "quantized_tensor"})
+"""Operators that give a tensor of the model's which is held in fewer bits: to compute it ahead would undo that."""
 
 
 class Call(NamedTuple):
@@ -86,7 +89,7 @@ def resolve(node: fx.Node, module: nn.Module | None) -> Call:
         inplace = str(node.target).endswith("_") and not str(node.target).endswith("__")
     elif isinstance(node.target, torch._ops.OpOverload):
         name = node.target.overloadpacket.__name__
-        found = aten.get(name) if node.target.namespace == "aten" else None
+        found = aten.get(name) if node.target.namespace == "aten" else targets.get(str(node.target))
         inplace = node.target._schema.is_mutable
     else:
         found = targets.get(node.target) or targets.get(_qualified(node.target))

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fxopt.codegen import StructuredCodeGen
 from fxopt.errors import InputError
+from fxopt.integer_scheme import Scheme
 from fxopt.interpret import Watch, run_graph
 from fxopt.ops import Call, resolve
 from fxopt.report import Cost, Report
@@ -47,6 +48,7 @@ class Program:
         example_inputs: flat tensors, as given at capture.
         calibration: the caller's iterable of batches, or None.
         target: where the engine will run.
+        scheme: which integers the kernels of the backend multiply.
         layer_times: how long layers take on the backend that it is for; None if that is not known.
         batch: the batch axis, or None if the batch size is fixed.
         loss: what the outputs and the targets of a calibration batch come to, a scalar tensor; None for a usual choice.
@@ -82,6 +84,7 @@ class Program:
         self.loss: Loss | None = None
         self.calibration = calibration
         self.target = target or Target.detect()
+        self.scheme = Scheme.of(self.target)
         self.layer_times: LayerTimes | None = None
         self.properties: frozenset[str] = frozenset()
         self.report = Report()

@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from fxopt import edit
 from fxopt.absorption import add_offset
 from fxopt.analysis.destinations import destination
-from fxopt.analysis.measurements import keep, measured
+from fxopt.analysis.originals import keep_original
 from fxopt.analysis.shapes import shapes
 from fxopt.analysis.weight_uses import reason_shared
 from fxopt.layer_times import time_ratio
@@ -30,7 +30,6 @@ __all__ = [
     "LONGEST",
     "Sizes",
     "convolution_like",
-    "original_of",
     "output_scale",
     "reason_to_keep",
     "share_of_time",
@@ -175,11 +174,6 @@ def share_of_time(program: Program, node: fx.Node, layers: Sequence[nn.Module]) 
     return time_ratio(program, layer, layers, source)
 
 
-def original_of(program: Program) -> Program:
-    """The program as it was before `substitute` changed anything; a copy if nothing is changed yet."""
-    return measured(program, _original) or program.copy()
-
-
 def substitute(
     program: Program, node: fx.Node, first: Mapping[str, nn.Module], last: nn.Module, offset: Tensor, original: Program
 ) -> None:
@@ -199,14 +193,9 @@ def substitute(
         source = edit.insert_before(program, node, module, (source,), name=f"{node.target}_{name}")
     node = edit.replace(program, node, last, (source,))
     add_offset(program, node, offset)
-    keep(program, _original, cast("Program | None", original))
+    keep_original(program, original)
 
 
 def _take_bias(made: Any, layer: Any) -> None:
     if layer.bias is not None:
         made.bias = nn.Parameter(layer.bias.detach(), layer.bias.requires_grad)
-
-
-def _original(_: Program) -> Program | None:
-    """None, unless a program is kept under this name."""
-    return None

@@ -19,7 +19,7 @@ class Target:
 
     Attributes:
         device: "cpu" or "cuda", with an optional index as in "cuda:1".
-        instruction_set: what the device's fastest kernels use, such as "AVX2", "AVX512" or "SM 9.0"; "" if not known.
+        instruction_set: what the device's fastest kernels use, such as "AVX2", "AVX512 VNNI" or "SM 9.0"; "" if not known.
     """
 
     device: str = "cpu"
@@ -42,7 +42,16 @@ class Target:
                 raise InputError(f"target {device!r}: this machine has no CUDA device")
             major, minor = torch.cuda.get_device_capability(device)
             return cls(device=device, instruction_set=f"SM {major}.{minor}")
-        return cls(device=device, instruction_set=torch.backends.cpu.get_cpu_capability())
+        widest = torch.backends.cpu.get_cpu_capability()
+        return cls(device=device, instruction_set=f"{widest} VNNI" if torch.cpu._is_vnni_supported() else widest)
+
+    @property
+    def adds_products_in_32_bits(self) -> bool:
+        """Whether a CPU adds up products of 8-bit integers without an intermediate result of 16 bits.
+
+        x86 does with VNNI only; of other CPUs, which have no AVX, it is taken for granted.
+        """
+        return "VNNI" in self.instruction_set or "AVX" not in self.instruction_set
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON; `Target(**data)` reads it."""

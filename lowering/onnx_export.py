@@ -20,6 +20,7 @@ from fxopt.errors import BackendError
 from fxopt.lowering.onnx_legalize import legalize
 from fxopt.lowering.onnx_model import OnnxModel
 from fxopt.masking import without_masks
+from fxopt.ops import HELD
 
 if TYPE_CHECKING:
     import onnx_ir
@@ -129,7 +130,7 @@ def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
 
 def _held_smaller(program: Program) -> frozenset[str]:
     """Names of tensors that weights are computed from to save bytes, which the exporter's optimizer would undo."""
-    paths = [str(node.target) for node in program.nodes if program.op(node) == "codebook_weight"]
+    paths = [str(node.target) for node in program.nodes if program.op(node) in HELD]
     return frozenset(f"{path}.codes" for path in paths)
 
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fxopt.passes.merge_branches import MergeBranches
     from fxopt.passes.prune_channels import PruneChannels
     from fxopt.passes.prune_weights import PruneWeights
+    from fxopt.passes.quantize import Quantize
     from fxopt.passes.reestimate_batch_norm import ReestimateBatchNorm
     from fxopt.passes.simplify import Simplify
     from fxopt.passes.substitute_depthwise_separable import SubstituteDepthwiseSeparable
@@ -34,6 +35,7 @@ __all__ = [
     "MergeBranches",
     "PruneChannels",
     "PruneWeights",
+    "Quantize",
     "ReestimateBatchNorm",
     "Simplify",
     "SubstituteDepthwiseSeparable",
@@ -50,6 +52,7 @@ _MODULES = {
     "MergeBranches": "merge_branches",
     "PruneChannels": "prune_channels",
     "PruneWeights": "prune_weights",
+    "Quantize": "quantize",
     "ReestimateBatchNorm": "reestimate_batch_norm",
     "Simplify": "simplify",
     "SubstituteDepthwiseSeparable": "substitute_depthwise_separable",

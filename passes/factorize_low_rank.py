@@ -25,6 +25,7 @@ from torch import Tensor, fx, nn
 from fxopt.analysis.costs import macs_by_node
 from fxopt.analysis.layer_moments import layer_moments
 from fxopt.analysis.measurements import keep, measured
+from fxopt.analysis.originals import original_of
 from fxopt.analysis.patches import PatchLayer
 from fxopt.analysis.tradeoff import Option, choose
 from fxopt.errors import InputError, PassError
@@ -37,7 +38,6 @@ from fxopt.reconstruction import plan_fit, reconstruct
 from fxopt.substitution import (
     LONGEST,
     convolution_like,
-    original_of,
     output_scale,
     reason_to_keep,
     share_of_time,

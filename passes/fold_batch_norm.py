@@ -47,6 +47,7 @@ class FoldBatchNorm(Pass):
 
     name: ClassVar[str] = "fold_batch_norm"
     exact: ClassVar[bool] = True
+    provides: ClassVar[frozenset[str]] = frozenset({"batch_norm_folded"})
 
     clone_shared: bool = False
 

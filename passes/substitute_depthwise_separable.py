@@ -24,6 +24,7 @@ from torch import fx, nn
 
 from fxopt.analysis.layer_moments import layer_moments
 from fxopt.analysis.measurements import keep, measured
+from fxopt.analysis.originals import original_of
 from fxopt.depthwise_separable import Fitted, Form, Order, Separable
 from fxopt.errors import InputError, PassError
 from fxopt.layer_times import WORTH, Gate
@@ -34,7 +35,6 @@ from fxopt.reconstruction import plan_fit, reconstruct
 from fxopt.substitution import (
     LONGEST,
     convolution_like,
-    original_of,
     output_scale,
     reason_to_keep,
     share_of_time,

@@ -11,6 +11,7 @@ from torch import fx, nn
 from fxopt.analysis.effects import is_pure
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.interpret import call_node
+from fxopt.ops import HELD
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -35,13 +36,13 @@ class Sources(NamedTuple):
 def constants(program: Program) -> frozenset[str]:
     """Names of the nodes of fixed value: tensors of the program that nothing writes, and pure functions of such.
 
-    A weight that is held as a codebook is none: it is computed on purpose, to save the bytes.
+    A tensor that is held in fewer bits is none: it is computed on purpose, to save the bytes.
     """
     written = {id(program.tensor_of(node)) for node in _written(program)}
     found: set[str] = set()
     for node in program.graph.nodes:
         fixed = is_pure(program, node) and id(program.tensor_of(node)) not in written
-        fixed = fixed and program.op(node) != "codebook_weight"
+        fixed = fixed and program.op(node) not in HELD
         if fixed and all(source.name in found for source in node.all_input_nodes):
             found.add(node.name)
     return frozenset(found)

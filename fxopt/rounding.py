@@ -1,0 +1,107 @@
+"""Weights as integers: which scale, and which way each weight is rounded.
+
+    W = s q + error,   |q| <= limit,   one s for each output
+
+The scale of an output is the one, of some that cut off its largest weights, whose rounding loses the least. "nearest"
+rounds each weight by itself. "gptq" rounds one place of the patch after another, and lets those that are left make up
+for what was lost at the places before (GPTQ, arXiv:2210.17323; Optimal Brain Surgeon for rounding): with U the upper
+Cholesky factor of the inverse of the patches' covariance,
+
+    e = (w_i - s q_i) / U_ii,     w_j -= e U_ij  for j > i.
+
+What is lost on average is no business of the weights: the bias takes it up (arXiv:1906.04721).
+"""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxopt.analysis.layer_moments import Moments
+from fxopt.analysis.removal_errors import ridge
+
+__all__ = ["Rounded", "Rounding", "rounded"]
+
+Rounding = Literal["nearest", "gptq"]
+
+_SHRINKS = [1 - step / 50 for step in range(20)]  # of the range of an output's weights: down to 0.62
+_BLOCK = 128  # places that are rounded before what they lost is passed on to those behind the block
+
+
+class Rounded(NamedTuple):
+    """A weight in integers.
+
+    Attributes:
+        codes: the integers, [groups, D, outputs / groups], as float64.
+        scale: [groups, 1, outputs / groups].
+        offset: what the bias has to take up, [outputs].
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+
+def rounded(
+    weight: Tensor, limit: int, patches: Moments | None, *, how: Rounding = "nearest", per_channel: bool = True
+) -> Rounded:
+    """The integers that stand for a weight.
+
+    Args:
+        weight: [groups, D, outputs / groups], float64, as `PatchLayer` gives it.
+        limit: the largest integer, and minus the smallest.
+        patches: moments of what it is multiplied by; None counts all places alike, and rounds to the nearest.
+        how: "gptq" takes the moments.
+        per_channel: whether each output has a scale of its own.
+    """
+    counts = None if patches is None else patches.covariance.diagonal(dim1=1, dim2=2).unsqueeze(2)
+    scale = _scales(weight, limit, counts, per_channel=per_channel)
+    if how == "nearest" or patches is None:
+        codes = (weight / scale).round().clamp(-limit, limit)
+    else:
+        codes = _gptq(weight, scale, limit, torch.stack([ridge(part, patches.noise) for part in patches.covariance]))
+    offset = weight.new_zeros(weight.shape[0] * weight.shape[2])
+    if patches is not None:
+        offset = (patches.mean.unsqueeze(1) @ (weight - codes * scale)).reshape(-1)
+    return Rounded(codes, scale, offset)
+
+
+def _scales(weight: Tensor, limit: int, counts: Tensor | None, *, per_channel: bool) -> Tensor:
+    """The scales, as float32 holds them."""
+    most = weight.abs().amax(1, keepdim=True)
+    if not per_channel:
+        most = most.amax((0, 2), keepdim=True).expand_as(most)
+    best = torch.full_like(most, torch.inf)
+    found = torch.ones_like(most)
+    for share in _SHRINKS:
+        scale = torch.where(most > 0, most * share / limit, 1.0).float().clamp(min=1e-30).double()
+        lost = ((weight / scale).round().clamp(-limit, limit) * scale - weight).square()
+        error = (lost if counts is None else lost * counts).sum(1, keepdim=True)
+        if not per_channel:
+            error = error.sum((0, 2), keepdim=True).expand_as(error)
+        better = error < best
+        best, found = torch.where(better, error, best), torch.where(better, scale, found)
+    return found
+
+
+def _gptq(weight: Tensor, scale: Tensor, limit: int, covariance: Tensor) -> Tensor:
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
+    upper = torch.linalg.cholesky(inverse, upper=True)
+    left = weight.clone()
+    codes = torch.zeros_like(weight)
+    length = weight.shape[1]
+    for start in range(0, length, _BLOCK):
+        end = min(start + _BLOCK, length)
+        errors = []
+        block = left[:, start:end].clone()
+        for place in range(end - start):
+            row, at = block[:, place], start + place
+            code = (row / scale[:, 0]).round().clamp(-limit, limit)
+            codes[:, at] = code
+            error = (row - code * scale[:, 0]) / upper[:, at, at].unsqueeze(1)
+            errors.append(error)
+            block[:, place + 1 :] -= upper[:, at, at + 1 : end].unsqueeze(2) * error.unsqueeze(1)
+        left[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ torch.stack(errors, 1)
+    return codes
