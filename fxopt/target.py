@@ -19,7 +19,8 @@ class Target:
 
     Attributes:
         device: "cpu" or "cuda", with an optional index as in "cuda:1".
-        instruction_set: what the device's fastest kernels use, such as "AVX2", "AVX512 VNNI" or "SM 9.0"; "" if not known.
+        instruction_set: what the device's fastest kernels use, such as "AVX2", "AVX512 VNNI" or "SM 9.0"; "" if not
+            known.
     """
 
     device: str = "cpu"

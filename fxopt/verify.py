@@ -34,8 +34,8 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, program: Program) -> Reference:
-        """Runs the program on the example inputs, and on random inputs at another batch size."""
-        fresh = program.inputs_with_batch(other_batch_size(program), seed=1)
+        """Runs the program on the example inputs, and on others at another batch size: calibration data, or random."""
+        fresh = _calibration_sample(program) or program.inputs_with_batch(other_batch_size(program), seed=1)
         tensors = (*program.module.parameters(), *program.example_inputs)
         outputs = seeded_run(program, program.example_inputs)
         tolerance = rounding_tolerance((*tensors, *outputs))
@@ -68,6 +68,21 @@ def other_batch_size(program: Program) -> int | None:
     numbers = sum(program.example_inputs[index][0].numel() for index in program.batch.inputs)
     size = min(8, max(2, 256 // max(1, numbers)))
     return size if size != program.batch.size else size + 1
+
+
+def _calibration_sample(program: Program) -> tuple[torch.Tensor, ...] | None:
+    """So many samples of the first calibration batch; None if there are none, or none to spare.
+
+    What a pass makes of data, such as ranges of integers, says nothing about random numbers.
+    """
+    size, data = other_batch_size(program), program.calibration
+    if size is None or program.batch is None or data is None or iter(data) is data:
+        return None
+    with fixed_random_state():
+        inputs = next(program.calibration_inputs())
+    if any(len(inputs[index]) < size for index in program.batch.inputs):
+        return None
+    return tuple(item[:size] if index in program.batch.inputs else item for index, item in enumerate(inputs))
 
 
 def seeded_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:

@@ -1,7 +1,7 @@
 """Has convolutions, linear layers and what lies between them compute with 8-bit integers.
 
     x about scale (q - zero_point)          activations: 8 bits, a range for each value, from calibration data
-    W about scale_o q                       weights: one scale for each output, rounded so that the layer loses the least
+    W about scale_o q                       weights: one scale for each output, rounded so that the least is lost
 
 Where integers go is decided by `fxopt/analysis/integer_regions.py`; which ones by the scheme of the backend
 (`fxopt/integer_scheme.py`); ranges come from histograms (`fxopt/analysis/value_ranges.py`), and weights are rounded by
@@ -47,6 +47,8 @@ __all__ = ["Quantize"]
 
 _KERNELS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 _RECURRENT = frozenset({"lstm", "gru", "rnn"})
+_Key = tuple[tuple[str, ...], int, Rounding, bool]
+"""Layers that share a weight, its bits, how it is rounded, whether by channel."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,9 +97,8 @@ class Quantize(Pass):
         spreads = value_spreads(program, [name for name in regions.readers if name not in regions.same])
         affines: dict[str, Affine] = {}
         for name, readers in regions.readers.items():
-            affines[name] = (
-                affines[regions.same[name]] if name in regions.same else self._affine(program, spreads, name)
-            )
+            same = regions.same.get(name)
+            affines[name] = self._affine(program, spreads, name) if same is None else affines[same]
             low, high = affines[name].range
             yield Rewrite(
                 name,
@@ -175,17 +176,19 @@ class Quantize(Pass):
         """A weight in integers, by what its only layer reads of the calibration data; kept with the program."""
         how: Rounding = "gptq" if self.round == "auto" else self.round
         key = tuple(layers), bits, how, self.per_channel
-        known = dict(measured(original, _roundings))
+        known: Mapping[_Key, Rounded] = measured(original, _roundings)
         if key not in known:
             limit = 2 ** (bits - 1) - 1
+            found = dict(known)
             for names, moments in self._moments(original):
                 layer = PatchLayer(cast("nn.Module", original.module_of(original.node(names[0]))))
                 mask = mask_of(original.module_of(original.node(names[0])))
                 weight = layer.weight if mask is None else layer.weight * _as_matrix(layer, mask)
-                known[names, bits, how, self.per_channel] = rounded(
+                found[names, bits, how, self.per_channel] = rounded(
                     weight, limit, moments, how=how, per_channel=self.per_channel
                 )
-            keep(original, _roundings, known)
+            known = found
+            keep(original, _roundings, cast("Mapping[_Key, Rounded]", found))
         return known[key]
 
     def _moments(self, original: Program) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -243,6 +246,6 @@ def _as_matrix(layer: PatchLayer, mask: Tensor) -> Tensor:
     return mask.double().reshape(layer.groups, -1, layer.length).transpose(1, 2)
 
 
-def _roundings(_: Program) -> Mapping[Any, Rounded]:
+def _roundings(_: Program) -> Mapping[_Key, Rounded]:
     """What was rounded so far."""
     return {}

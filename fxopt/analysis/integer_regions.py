@@ -125,10 +125,10 @@ class _Search:
                     self._read(source, node)
                 self._give(node)
                 grown = True
-            source = self._laid_out(node)
-            if source is not None and node.name not in self._same and source.name in self._quantized():
-                self._same[node.name] = source.name
-                self._read(source, self._reads_for(node))
+            laid_out = self._laid_out(node)
+            if laid_out is not None and node.name not in self._same and laid_out.name in self._quantized():
+                self._same[node.name] = laid_out.name
+                self._read(laid_out, self._reads_for(node))
                 grown = True
         return grown
 

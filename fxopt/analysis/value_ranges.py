@@ -125,11 +125,11 @@ def affine_of(spread: Spread, type: IntegerType, observer: Observer) -> Affine: 
         high = middles[int((shares >= 1 - _TAIL).nonzero()[0])]
         return Affine.over(type, float(low), float(high))
     error = _squared_error if observer == "mse" else _divergence
-    shares = [1 - step / _TRIES for step in range(_TRIES)]
-    ends = [(share, share) for share in shares]
+    tries = [1 - step / _TRIES for step in range(_TRIES)]
+    ends = [(share, share) for share in tries]
     if type.low == 0:
         # one end after the other: few values have two long tails
-        ends = [(1.0, share) for share in shares]
+        ends = [(1.0, share) for share in tries]
     best, least = whole, error(whole, middles, counts)
     kept = (1.0, 1.0)
     for _ in range(2 if type.low == 0 and spread.low < 0 < spread.high else 1):
@@ -138,7 +138,7 @@ def affine_of(spread: Spread, type: IntegerType, observer: Observer) -> Affine: 
             found = error(tried, middles, counts)
             if found < least:
                 best, least, kept = tried, found, (below, above)
-        ends = [(share, kept[1]) for share in shares]
+        ends = [(share, kept[1]) for share in tries]
     return best
 
 

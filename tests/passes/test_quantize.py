@@ -1,0 +1,303 @@
+"""quantize: what becomes integers and what does not, how far it is off, and that engines compute what it simulates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxopt
+from fxopt import Program
+from fxopt.errors import InputError, PipelineError
+from fxopt.integer_scheme import Scheme
+from fxopt.passes import Quantize
+from fxopt.target import Target
+from fxopt.testing import assert_untouched, model_state
+
+
+class Block(nn.Module):
+    """A residual block, a concatenation of channels that were split, and a classifier."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.pool = nn.MaxPool2d(2)
+        self.one = nn.Conv2d(8, 8, 3, padding=1)
+        self.norm = nn.BatchNorm2d(8)
+        self.depthwise = nn.Conv2d(8, 8, 3, padding=1, groups=8)
+        self.few = nn.Conv2d(4, 4, 1, bias=False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(torch.relu(self.stem(x)))
+        x = torch.relu(self.norm(self.one(x)) + x)
+        first, second = nn.functional.relu6(self.depthwise(x)).chunk(2, 1)
+        x = torch.cat([self.few(first), second], 1)
+        out: Tensor = self.head(nn.functional.silu(x).mean((2, 3)))
+        return out
+
+
+@pytest.fixture(scope="module")
+def batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(16, 3, 12, 12, generator=generator) for _ in range(3)]
+
+
+@pytest.fixture(scope="module")
+def model(batches: list[Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    block = Block()
+    for batch in batches:
+        block(batch)
+    return block.eval()
+
+
+def quantized(model: nn.Module, batches: list[Tensor], **options: Any) -> Program:
+    return fxopt.optimize(
+        model, (batches[0][:2],), ["fold_batch_norm", Quantize(**options)], calibration=batches, on_no_match="ignore"
+    )
+
+
+def sqnr(expected: Tensor, found: Tensor) -> float:
+    return float(10 * torch.log10(expected.square().sum() / (expected - found).square().sum()))
+
+
+def test_outputs_stay_close_and_the_model_as_it_was(model: nn.Module, batches: list[Tensor]) -> None:
+    state = model_state(model)
+    fresh = torch.randn(32, 3, 12, 12, generator=torch.Generator().manual_seed(7))
+    program = quantized(model, batches)
+    assert_untouched(model, state)
+    with torch.no_grad():
+        assert sqnr(model(fresh), program.module(fresh)) > 28
+    assert program.cost().bytes < 0.5 * fxopt.capture(model, (batches[0],)).cost().bytes
+    assert "quantized" in program.properties
+
+
+def test_what_is_read_and_given_as_integers(model: nn.Module, batches: list[Tensor]) -> None:
+    program = quantized(model, batches)
+    rewrites = program.report.passes[-1].rewrites
+    values = {rewrite.node: rewrite.params for rewrite in rewrites if "affine" in rewrite.params}
+    # the input, behind fused activations, the sum, the parts, what is concatenated, and what the classifier reads
+    assert list(values) == [
+        "x",
+        "relu",
+        "pool",
+        "one",
+        "relu_1",
+        "relu6",
+        "getitem",
+        "getitem_1",
+        "few",
+        "cat",
+        "mean",
+    ]
+    for one, other in (("relu", "pool"), ("relu6", "getitem"), ("relu6", "getitem_1")):
+        assert values[one]["affine"] == values[other]["affine"]
+    # an integer kernel gives integers to everyone, a floating one to those that ask
+    assert values["cat"]["readers"] == ["silu"]
+    assert values["mean"]["readers"] == ["head"]
+    layers = [rewrite.params["layers"] for rewrite in rewrites if "layers" in rewrite.params]
+    assert layers == [["stem"], ["one"], ["depthwise"], ["few"], ["head"]]
+
+
+@pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
+@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+def test_observers_and_roundings(observer: Any, rounding: Any, model: nn.Module, batches: list[Tensor]) -> None:
+    program = quantized(model, batches, observer=observer, round=rounding)
+    with torch.no_grad():
+        assert sqnr(model(batches[0]), program.module(batches[0])) > 25
+
+
+def test_one_scale_for_a_layer_loses_more(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3)
+    conv.weight.data *= torch.logspace(-2, 0, 8).reshape(8, 1, 1, 1)
+    each, all_in_one = (quantized(conv, batches, per_channel=flag) for flag in (True, False))
+    with torch.no_grad():
+        expected = conv(batches[0])[:, 0]
+        errors = [(expected - item.module(batches[0])[:, 0]).square().sum() for item in (each, all_in_one)]
+    assert errors[0] < 0.9 * errors[1]
+
+
+def test_an_engine_computes_what_is_simulated(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    compiled = fxopt.compile(
+        model, (batches[0][:2],), passes=["fold_batch_norm", "quantize"], calibration=batches, backend="onnx"
+    )
+    program = quantized(model, batches)
+    fresh = torch.randn(9, 3, 12, 12, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        assert sqnr(program.module(fresh), compiled(fresh)) > 40
+    compiled.save(tmp_path / "engine")
+    assert torch.equal(fxopt.load(tmp_path / "engine")(fresh), compiled(fresh))
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(tmp_path / "engine" / "model.onnx", options, providers=["CPUExecutionProvider"])
+    import onnx
+
+    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    assert kinds.count("QLinearConv") == 4
+    assert kinds.count("QGemm") == 1
+    assert {"QLinearAdd", "QLinearConcat"} <= set(kinds)
+    assert "Conv" not in kinds
+    assert "Gemm" not in kinds
+
+
+def test_it_saves_and_loads_by_torch(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
+    compiled = fxopt.compile(
+        model, (batches[0][:2],), passes=["fold_batch_norm", "quantize"], calibration=batches, backend="eager"
+    )
+    compiled.save(tmp_path / "engine")
+    assert torch.equal(fxopt.load(tmp_path / "engine")(batches[1]), compiled(batches[1]))
+
+
+def test_a_linear_layer_gives_floats_and_reads_integers_at_any_rank(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(12, 16), nn.GELU(), nn.Linear(16, 4, bias=False))
+    program = quantized(model, batches)
+    assert [rewrite.node for rewrite in program.report.passes[-1].rewrites] == ["input_1", "_1", "_0", "_2"]
+    compiled = fxopt.compile(
+        model, (batches[0][:2],), passes=["fold_batch_norm", "quantize"], calibration=batches, on_no_match="ignore"
+    )
+    with torch.no_grad():
+        assert sqnr(model(batches[0]), compiled(batches[0])) > 30
+        assert sqnr(program.module(batches[0]), compiled(batches[0])) > 60
+
+
+def test_a_layer_called_twice(batches: list[Tensor]) -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.conv = nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.conv(torch.relu(self.conv(x)))
+            return out
+
+    model = Twice().eval()
+    program = quantized(model, batches)
+    with torch.no_grad():
+        assert sqnr(model(batches[0]), program.module(batches[0])) > 25
+    held = [node for node in program.nodes if program.op(node) == "quantized_tensor"]
+    assert len(held) == 1
+
+
+def test_masked_weights_stay_zero(model: nn.Module, batches: list[Tensor]) -> None:
+    program = fxopt.optimize(
+        model, (batches[0][:2],), ["fold_batch_norm", "prune_weights", "quantize"], calibration=batches
+    )
+    held: Any = next(item for name, item in program.module.named_modules() if name == "one")
+    assert float((held() == 0).float().mean()) >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("layer", "why"),
+    [
+        (nn.ConvTranspose2d(3, 4, 3), "conv_transpose2d has no integer kernel"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect")), "pads with padding_mode='reflect'"),
+        (nn.Conv2d(3, 4, 3).double(), "it does not compute in float32"),
+    ],
+)
+def test_what_is_left_alone(layer: nn.Module, why: str, batches: list[Tensor]) -> None:
+    double = next(layer.parameters()).dtype == torch.float64
+    inputs = [batch.double() for batch in batches] if double else batches
+    with pytest.raises(InputError, match=f"finds no layer that could compute with integers.*{why}"):
+        quantized(layer, inputs)
+
+
+def test_ignored_layers_keep_their_weights(model: nn.Module, batches: list[Tensor]) -> None:
+    program = quantized(model, batches, ignore=("head", "stem"))
+    skips = {skip.node: skip.why for skip in program.report.passes[-1].skips}
+    assert skips == {"head": "ignored", "stem": "ignored"}
+    assert torch.equal(program.module.state_dict()["head.weight"], model.state_dict()["head.weight"])
+
+
+def test_data_and_folding_are_asked_for(model: nn.Module, batches: list[Tensor]) -> None:
+    with pytest.raises(InputError, match="pass calibration="):
+        fxopt.optimize(model, (batches[0],), ["fold_batch_norm", "quantize"])
+    with pytest.raises(PipelineError, match="requires a program that is 'batch_norm_folded': put fold_batch_norm"):
+        fxopt.optimize(model, (batches[0],), ["quantize", "fold_batch_norm"], calibration=batches)
+    bad = [torch.full((2, 3, 12, 12), float("nan"))]
+    with pytest.raises(InputError, match="not finite on the calibration data"):
+        fxopt.optimize(model, (batches[0],), ["fold_batch_norm", "quantize"], calibration=bad)
+
+
+def test_data_of_one_value_do_no_harm(model: nn.Module, batches: list[Tensor]) -> None:
+    program = quantized(model, [torch.zeros(4, 3, 12, 12)])
+    assert bool(program.module(batches[0]).isfinite().all())
+
+
+def test_a_plan_replays_on_another_checkpoint(model: nn.Module, batches: list[Tensor]) -> None:
+    (_, plan) = fxopt.explain(model, (batches[0][:2],), ["fold_batch_norm", "quantize"], calibration=batches)
+    torch.manual_seed(5)
+    other = fxopt.optimize(Block().eval(), (batches[0][:2],), ["fold_batch_norm"], calibration=batches)
+    for rewrite in plan.rewrites:
+        Quantize().apply(other, rewrite)
+    assert sum(other.op(node) == "quantized_tensor" for node in other.nodes) == 6  # five weights, one bias of integers
+
+
+def test_seven_bits_where_two_products_are_added_in_sixteen(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(3, 8, 3)
+    target = Target(device="cpu", instruction_set="AVX2")
+    program = fxopt.optimize(
+        conv, (batches[0],), ["fold_batch_norm", "quantize"], calibration=batches, target=target, on_no_match="ignore"
+    )
+    codes = next(value for name, value in program.module.named_buffers() if name.endswith("codes"))
+    assert 32 < int(codes.abs().max()) <= 63
+    assert 2 * 255 * int(codes.abs().max()) < 2**15
+
+
+@pytest.mark.parametrize(
+    ("target", "bits", "signed"),
+    [
+        (Target(device="cpu", instruction_set="AVX2"), 7, False),
+        (Target(device="cpu", instruction_set="AVX512"), 7, False),
+        (Target(device="cpu", instruction_set="AVX512 VNNI"), 8, False),
+        (Target(device="cpu", instruction_set="DEFAULT"), 8, False),
+        (Target(device="cuda", instruction_set="SM 9.0"), 8, True),
+    ],
+)
+def test_schemes(target: Target, bits: int, signed: bool) -> None:
+    scheme = Scheme.of(target)
+    assert (scheme.weight_bits, scheme.activations.low < 0) == (bits, signed)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"observer": "best"}, "observer must be one of"),
+        ({"round": "up"}, "round must be one of"),
+        ({"per_channel": 1}, "per_channel must be True or False"),
+        ({"ignore": "head"}, "ignore must be a tuple of patterns"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Quantize(**options)
+
+
+def test_golden(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+    model[0].weight.data = torch.from_numpy(np.linspace(-1, 1, 108, dtype=np.float32).reshape(4, 3, 3, 3))
+    program = quantized(model, batches, observer="minmax", round="nearest")
+    kinds = [program.op(node) for node in program.nodes]
+    assert kinds == [
+        "placeholder",
+        "quantize",
+        "dequantize",
+        "get_attr",
+        "quantized_tensor",
+        "conv2d",
+        "relu",
+        "quantize",
+        "dequantize",
+        "output",
+    ]
