@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from benchmarks import quantize
 from benchmarks.errors import BenchmarkError
-from benchmarks.quantize import engines, measure
+from benchmarks.quantize import engines
 from benchmarks.quantize.engines import FLOAT, ORT, Engine, Files, Maker, Missing, methods
 from benchmarks.quantize.measure import fastest, fidelity
 from benchmarks.quantize.subjects import Subject
@@ -42,7 +42,7 @@ def met(*rows: dict[str, Any], **fields: Any) -> list[bool]:
 def small(_: argparse.Namespace | None = None) -> Subject:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))
-    return Subject("small", model.eval(), torch.randn(32, 3, 8, 8), torch.randn(7, 3, 8, 8), torch.arange(7) % 5)
+    return Subject("small", model.eval(), torch.randn(32, 3, 8, 8), torch.randn(40, 3, 8, 8), torch.arange(40) % 5)
 
 
 def test_fidelity_bars_hold_the_first_variant_against_the_best_peer_of_each_measure() -> None:
@@ -155,7 +155,6 @@ def test_the_command_writes_a_row_for_each_method_and_goes_on_after_a_failure(
     }
     monkeypatch.setattr(quantize, "SUBJECTS", {"small": small})
     monkeypatch.setattr(quantize, "methods", lambda *, inductor: makers)
-    monkeypatch.setattr(measure, "_BATCH", 4)
     out = tmp_path / "quantize.json"
     parser = argparse.ArgumentParser()
     quantize.add_arguments(parser)
