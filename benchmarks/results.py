@@ -104,7 +104,8 @@ def environment() -> dict[str, Any]:
     """What the numbers depend on: versions, instruction set, threads, revision of the repository, date."""
     import torch
 
-    names = ("torch", "torchvision", "timm", "torch-pruning", "onnx", "onnxruntime", "onnxscript")
+    libraries = ("torch", "torchvision", "timm", "onnx", "onnxruntime", "onnxscript")
+    names = (*libraries, "torch-pruning", "nncf", "openvino", "torchao")
     versions = {name: version for name in names if (version := _version(name)) is not None}
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),

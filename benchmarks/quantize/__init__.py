@@ -1,0 +1,58 @@
+"""int8 by fxopt, ONNX Runtime, NNCF with OpenVINO and torchao: fidelity, accuracy, latency and size of each.
+
+All see the same calibration images in one run. SQNR and agreement compare the logits of other images with those of the
+float network; latencies are ratios to its ONNX engine, taken in turns on one thread. Of the networks two are trained
+(ResNet-14 on Fashion-MNIST, EfficientNet-Lite0 on ImageNet); the others have random weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from benchmarks.errors import BenchmarkError
+from benchmarks.quantize.engines import methods
+from benchmarks.quantize.measure import measure
+from benchmarks.quantize.subjects import SUBJECTS
+from benchmarks.quantize.table import quantize_table, verdicts
+from benchmarks.results import RESULTS, environment, verdict_data, write_json, write_text
+from fxopt.progress import progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("--networks", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, metavar="NAME")
+    parser.add_argument("--methods", nargs="+", default=list(methods(inductor=False)), metavar="NAME")
+    parser.add_argument(
+        "--crops", type=int, default=64, help="crops to calibrate on; half as many more to test on; of Fashion-MNIST x8"
+    )
+    parser.add_argument("--images", type=int, default=10_000, help="test images of Fashion-MNIST")
+    parser.add_argument("--rounds", type=int, default=30, help="of the timing, in turns")
+    parser.add_argument("--inductor", action="store_true", help="compile torchao's networks (minutes) and time them")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quantize.json", help="JSON file of the results")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Measures every method on every network.
+
+    Returns:
+        0 if all bars were met, else 1.
+    """
+    makers = methods(inductor=arguments.inductor)
+    unknown = sorted(set(arguments.methods) - set(makers))
+    if unknown:
+        raise BenchmarkError(f"no method {', '.join(unknown)}; there are {', '.join(makers)}")
+    chosen = {name: makers[name] for name in arguments.methods}
+    results: list[dict[str, Any]] = []
+    with progress("measuring networks", len(arguments.networks), "networks") as advance:
+        for name in arguments.networks:
+            results.append(measure(SUBJECTS[name](arguments), chosen, rounds=arguments.rounds))
+            # what takes hours must not be lost
+            table, bars = quantize_table(results), verdicts(results)
+            data = {"environment": environment(), "bars": verdict_data(bars), "networks": results}
+            write_json(arguments.out, data)
+            write_text(arguments.out.with_suffix(".md"), table.markdown())
+            advance(1)
+    table.show()
+    return int(not all(met for _, met in bars))
