@@ -17,13 +17,18 @@ from torch import fx, nn
 
 from fxopt.operator_table import OPERATORS, Operator
 
-__all__ = ["DROPOUTS", "MODE_DEPENDENT", "Call", "is_known_module", "operators", "resolve"]
+__all__ = ["DROPOUTS", "MODE_DEPENDENT", "Call", "cast", "is_known_module", "operators", "resolve"]
 
 DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
 """Operators that draw random zeros in training and hand their input on otherwise."""
 
 MODE_DEPENDENT = DROPOUTS | {"batch_norm", "instance_norm", "lstm", "gru", "rnn", "multi_head_attention"}
 """Operators that are random, or update statistics, in training only."""
+
+
+def cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # noqa: A002 (the operator's name for it)
+    """The same values in another data type: "to" as passes spell it, so that it is not taken for a cast of the model."""
+    return input.to(dtype)
 
 
 class Call(NamedTuple):
