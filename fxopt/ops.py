@@ -27,7 +27,7 @@ MODE_DEPENDENT = DROPOUTS | {"batch_norm", "instance_norm", "lstm", "gru", "rnn"
 
 
 def cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # noqa: A002 (the operator's name for it)
-    """The same values in another data type: "to" as passes spell it, so that it is not taken for a cast of the model."""
+    """The same values in another data type: "to" as passes spell it, to be told from casts of the model."""
     return input.to(dtype)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxopt import edit
+from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.measurements import measured
 from fxopt.analysis.shapes import TensorSpec, shapes, specs_in
 from fxopt.analysis.value_ranges import value_ranges
@@ -87,7 +88,7 @@ class Lowering:
         self._program.remember(shapes, self._known)
 
     def lower_outputs(self) -> None:
-        """Makes the program's own outputs low; the output node is changed last, when all layers are what they shall be."""
+        """Makes the program give low outputs."""
         output = self._program.nodes[-1]
         self._set_operands(output)
         self._known[output.name] = self._lowered(self._known[output.name])
@@ -103,7 +104,7 @@ class Lowering:
         self._program.remember(shapes, self._known)
 
     def _set_operands(self, node: fx.Node) -> None:
-        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda item: self._low(item))
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), self._low)
         edit.set_arguments(self._program, node, args, kwargs)
 
     def _low(self, value: fx.Node) -> fx.Node:
@@ -119,28 +120,37 @@ class Lowering:
             # it is read out of a layer that was made low
             self._known[value.name] = self._lowered(self._known[value.name])
             return value
-        if tensor is not None and self._is_own(value, tensor) and bool(tensor.to(self._dtype).isfinite().all()):
-            return self._ahead(value, tensor)
-        found = next((user for user in value.users if _is_cast(user, self._dtype)), None)
-        return found or self._insert_behind(value, self._dtype)
+        if tensor is not None and bool(tensor.to(self._dtype).isfinite().all()):
+            if self._has_one_reader(value, tensor):
+                edit.set_parameter(self._program, value, tensor.detach().to(self._dtype))
+                self._known[value.name] = self._lowered(self._known[value.name])
+                return value
+            if not isinstance(tensor, nn.Parameter):
+                return self._ahead(value, tensor)
+        if self._program.op(value) == "codebook_weight" and len(value.users) == len(self._program.callers(value)) == 1:
+            module: Any = self._program.module_of(value)
+            edit.set_tensor(self._program, value, "codebook", module.codebook.detach().to(self._dtype))
+            self._known[value.name] = self._lowered(self._known[value.name])
+            return value
+        for user in value.users:
+            if _is_cast(user, self._dtype):
+                return user
+        return self._insert_behind(value, self._dtype)
 
-    def _is_own(self, node: fx.Node, tensor: Tensor) -> bool:
-        """Whether casting a tensor ahead parts it from nothing: a buffer, or a parameter that only one node reads."""
-        if not isinstance(tensor, nn.Parameter):
-            return True
-        readers = [item for item in self._program.graph.nodes if self._program.tensor_of(item) is tensor]
-        return len(readers) == 1 and len(node.users) == 1
+    def _has_one_reader(self, node: fx.Node, tensor: Tensor) -> bool:
+        """Whether one node alone computes with a tensor. Codebooks hold what is read beside them."""
+        others = (item for item in self._program.graph.nodes if item is not node)
+        readers = (item for item in others if self._program.op(item) != "codebook_weight")
+        held = (each for item in readers for each in held_tensors(self._program, item))
+        return len(node.users) == 1 and all(each is not tensor for each in held)
 
     def _ahead(self, node: fx.Node, tensor: Tensor) -> fx.Node:
         path = f"{node.target}_{str(self._dtype).removeprefix('torch.')}"
         for other in self._program.graph.find_nodes(op="get_attr", target=path):
             return other
-        low = tensor.detach().to(self._dtype)
-        if isinstance(tensor, nn.Parameter):
-            low = nn.Parameter(low, requires_grad=tensor.requires_grad)
         # in front of all that compute, so that every reader finds it
         first = next(item for item in self._program.graph.nodes if item.op not in ("placeholder", "get_attr"))
-        made = edit.insert_tensor(self._program, first, low, name=path)
+        made = edit.insert_tensor(self._program, first, tensor.detach().to(self._dtype), name=path)
         self._known[made.name] = self._lowered(self._known[node.name])
         return made
 

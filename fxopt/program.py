@@ -45,7 +45,7 @@ class Program:
     Attributes:
         signature: how the model is called, and what it returns.
         example_inputs: flat tensors, as given at capture; in `io_dtype` where a pass has set that.
-        io_dtype: the data type of the numbers that it takes and gives in place of the model's float32; None: as the model.
+        io_dtype: the data type that it takes and gives in place of the model's float32; None: as the model.
         calibration: the caller's iterable of batches, or None.
         target: where the engine will run.
         layer_times: how long layers take on the backend that it is for; None if that is not known.

@@ -16,9 +16,9 @@ A layer stays in float32, with the reason, where range demands it:
 - an input or output was larger than that number, on the example inputs or the calibration data. A mask that is added in
   attention is no reason: its numbers that stand for minus infinity become the smallest of the data type.
 
-An operator of the last kind also stays in float32 where a constant of it overflows or vanishes (the 1e-8 in x + 1e-8), or
-its result was too large. Tied weights stay tied: layers that share one run low together or not at all. Casts that the
-model makes are kept. How casts are placed is in `fxopt.precision`.
+An operator of the last kind also stays in float32 where a constant of it overflows or vanishes (the 1e-8 in x + 1e-8),
+or its result was too large. Tied weights stay tied: layers that share one run low together or not at all. Casts that
+the model makes are kept. How casts are placed is in `fxopt.precision`.
 
 Behind passes that fold or fit weights: what lies between two layers may be cast by then. Papers: arXiv:1710.03740
 (mixed precision), arXiv:1905.12322 (bfloat16).
@@ -145,10 +145,8 @@ class CastPrecision(Pass):
         tensors = held_tensors(program, node)
         known = program.analysis(shapes)
         operands = [spec for item in node.all_input_nodes for spec in specs_in(known[item.name])]
-        numbers = [
-            item.dtype for item in (*operands, *tensors) if item.dtype.is_floating_point or item.dtype.is_complex
-        ]
-        numbers += [spec.dtype for spec in specs_in(known[node.name])]
+        dtypes = [spec.dtype for spec in (*operands, *specs_in(known[node.name]))] + [item.dtype for item in tensors]
+        numbers = [dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
         other = next((dtype for dtype in numbers if dtype is not torch.float32), None)
         if other is not None:
             name = str(other).removeprefix("torch.")
@@ -197,7 +195,8 @@ class CastPrecision(Pass):
         if call.module is not None and any(item.is_floating_point() for item in held_tensors(program, node)):
             return False
         if call.op in ("pad", "constant_pad"):
-            numbers = [call.arguments.get("value") if call.module is None else getattr(call.module, "value", 0)]
+            filled: Any = call.arguments.get("value") if call.module is None else getattr(call.module, "value", 0)
+            numbers = [filled]
         else:
             numbers = list(call.arguments.values()) if call.op in _ELEMENTWISE else []
         return all(survives(item, self._torch) for item in numbers if type(item) in (int, float))

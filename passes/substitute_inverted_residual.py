@@ -71,7 +71,7 @@ class SubstituteInvertedResidual(Pass):
     """
 
     name: ClassVar[str] = "substitute_inverted_residual"
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "sparse"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "mixed_precision", "sparse"})
 
     expansion: float | Literal["auto"] = "auto"
     max_error: float = 0.5
