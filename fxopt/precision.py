@@ -128,8 +128,9 @@ class Lowering:
             if not isinstance(tensor, nn.Parameter):
                 return self._ahead(value, tensor)
         if self._program.op(value) == "codebook_weight" and len(value.users) == len(self._program.callers(value)) == 1:
-            module: Any = self._program.module_of(value)
-            edit.set_tensor(self._program, value, "codebook", module.codebook.detach().to(self._dtype))
+            codebook = self._program.module_of(value)
+            assert codebook is not None
+            edit.set_module(self._program, value, _low_module(codebook, self._dtype, {}))
             self._known[value.name] = self._lowered(self._known[value.name])
             return value
         for user in value.users:
@@ -146,8 +147,9 @@ class Lowering:
 
     def _ahead(self, node: fx.Node, tensor: Tensor) -> fx.Node:
         path = f"{node.target}_{str(self._dtype).removeprefix('torch.')}"
-        for other in self._program.graph.find_nodes(op="get_attr", target=path):
-            return other
+        made = next((item for item in self._program.nodes if item.op == "get_attr" and item.target == path), None)
+        if made is not None:
+            return made
         # in front of all that compute, so that every reader finds it
         first = next(item for item in self._program.graph.nodes if item.op not in ("placeholder", "get_attr"))
         made = edit.insert_tensor(self._program, first, tensor.detach().to(self._dtype), name=path)

@@ -147,7 +147,7 @@ class CastPrecision(Pass):
         operands = [spec for item in node.all_input_nodes for spec in specs_in(known[item.name])]
         dtypes = [spec.dtype for spec in (*operands, *specs_in(known[node.name]))] + [item.dtype for item in tensors]
         numbers = [dtype for dtype in dtypes if dtype.is_floating_point or dtype.is_complex]
-        other = next((dtype for dtype in numbers if dtype is not torch.float32), None)
+        other = next((dtype for dtype in numbers or dtypes if dtype is not torch.float32), None)
         if other is not None:
             name = str(other).removeprefix("torch.")
             return (
@@ -179,7 +179,7 @@ class CastPrecision(Pass):
         used = tensor.detach() != 0
         count, gone = int(used.sum()), int((used & (tensor.detach().to(self._torch) == 0)).sum())
         if gone > _VANISHING * count:
-            return f"{gone / count:.0%} of its weights would vanish in {self.dtype}: they are at most {largest:.1g}"
+            return f"{gone / count:.0%} of its weights would vanish in {self.dtype}"
         return None
 
     def _mask_beyond(self, program: Program, node: fx.Node) -> fx.Node | None:
