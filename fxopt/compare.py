@@ -8,6 +8,8 @@ from typing import NamedTuple
 
 import torch
 
+from fxopt.analysis.shapes import TensorSpec
+
 __all__ = ["Difference", "compare", "incomparable", "rounding_tolerance", "worst"]
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
@@ -66,7 +68,7 @@ def worst(differences: Iterable[Difference]) -> Difference:
     )
 
 
-def rounding_tolerance(tensors: Iterable[torch.Tensor]) -> float:
+def rounding_tolerance(tensors: Iterable[torch.Tensor | TensorSpec]) -> float:
     """The relative error that rounding may cause in a deep model whose tensors have these dtypes."""
     return max((_TOLERANCES[item.dtype] for item in tensors if item.dtype in _TOLERANCES), default=1e-4)
 

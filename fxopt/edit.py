@@ -27,6 +27,7 @@ __all__ = [
     "replace",
     "set_arguments",
     "set_call",
+    "set_io_dtype",
     "set_module",
     "set_parameter",
     "set_tensor",
@@ -167,6 +168,16 @@ def set_call(
         raise InputError(f"{node.name} calls no function")
     node.op, node.target = "call_function", target
     node.args, node.kwargs = tuple(args), dict(kwargs or {})
+    program._changed()
+
+
+def set_io_dtype(program: Program, dtype: torch.dtype) -> None:
+    """Lets the program take and give numbers in `dtype` where the model takes and gives float32.
+
+    It is for the caller to rewrite the graph accordingly.
+    """
+    program.io_dtype = dtype
+    program.example_inputs = program.in_io_dtype(program.example_inputs)
     program._changed()
 
 

@@ -205,7 +205,7 @@ OPERATORS: tuple[Operator, ...] = (
     _unary("softshrink", F.softshrink, modules=(nn.Softshrink,), extra="lambd"),
     _unary("hardshrink", F.hardshrink, modules=(nn.Hardshrink,), extra="lambd"),
     _unary("tanhshrink", F.tanhshrink, modules=(nn.Tanhshrink,)),
-    _op("to", "input dtype", methods="to", aten="to _to_copy", elementwise=True),
+    _op("to", "input dtype", functions=("fxopt.ops.cast",), methods="to", aten="to _to_copy", elementwise=True),
     _op("float", "input", methods="float", elementwise=True),
     _op("double", "input", methods="double", elementwise=True),
     _op("type_as", "input other", methods="type_as", aten="type_as"),

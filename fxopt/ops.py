@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxopt.operator_table import OPERATORS, Operator
 
-__all__ = ["DROPOUTS", "HELD", "MODE_DEPENDENT", "Call", "is_known_module", "operators", "resolve"]
+__all__ = ["DROPOUTS", "HELD", "MODE_DEPENDENT", "Call", "cast", "is_known_module", "operators", "resolve"]
 
 DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
 """Operators that draw random zeros in training and hand their input on otherwise."""
@@ -27,6 +27,11 @@ MODE_DEPENDENT = DROPOUTS | {"batch_norm", "instance_norm", "lstm", "gru", "rnn"
 
 HELD = frozenset({"codebook_weight", "quantized_tensor"})
 """Operators that give a tensor of the model's which is held in fewer bits: to compute it ahead would undo that."""
+
+
+def cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # noqa: A002 (the operator's name for it)
+    """The same values in another data type: "to" as passes spell it, to be told from casts of the model."""
+    return input.to(dtype)
 
 
 class Call(NamedTuple):

@@ -45,7 +45,8 @@ class Program:
 
     Attributes:
         signature: how the model is called, and what it returns.
-        example_inputs: flat tensors, as given at capture.
+        example_inputs: flat tensors, as given at capture; in `io_dtype` where a pass has set that.
+        io_dtype: the data type that it takes and gives in place of the model's float32; None: as the model.
         calibration: the caller's iterable of batches, or None.
         target: where the engine will run.
         scheme: which integers the kernels of the backend multiply.
@@ -78,6 +79,7 @@ class Program:
         self._analyses: dict[Callable[[Program], Any], Any] = {}
         self.signature = signature
         self.example_inputs = example_inputs
+        self.io_dtype: torch.dtype | None = None
         self.frontend = frontend
         self.batch = batch
         self.fixed_batch: str | None = None
@@ -231,11 +233,18 @@ class Program:
                 inputs = self.signature.flatten_batch(batch)
             except InputError as error:
                 raise InputError(f"calibration batch {index}: {error}") from error
-            yield tuple(inputs), self.signature.targets_of(batch)
+            yield self.in_io_dtype(inputs), self.signature.targets_of(batch)
         if empty:
             once = iter(self.calibration) is self.calibration
             advice = "; an iterator can be read once only, a list again and again" if once else ""
             raise InputError(f"calibration holds no batch{advice}")
+
+    def in_io_dtype(self, tensors: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        """Flat inputs or outputs of the model as this program takes or gives them: see `io_dtype`."""
+        return tuple(
+            tensor.to(self.io_dtype) if self.io_dtype is not None and tensor.dtype is torch.float32 else tensor
+            for tensor in tensors
+        )
 
     def loss_of(self, outputs: Sequence[torch.Tensor], targets: Any) -> torch.Tensor:
         """The loss of a calibration batch, a mean over its samples.

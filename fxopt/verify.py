@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from fxopt.analysis.shapes import record_shapes, shapes
+from fxopt.analysis.shapes import TensorSpec, record_shapes, shapes, specs_in
 from fxopt.compare import Difference, compare, incomparable, rounding_tolerance, worst
 from fxopt.errors import first_line
+from fxopt.ops import cast
 from fxopt.program import Program
 from fxopt.randomness import fixed_random_state
 
@@ -36,9 +37,10 @@ class Reference(NamedTuple):
     def of(cls, program: Program) -> Reference:
         """Runs the program on the example inputs, and on others at another batch size: calibration data, or random."""
         fresh = _calibration_sample(program) or program.inputs_with_batch(other_batch_size(program), seed=1)
-        tensors = (*program.module.parameters(), *program.example_inputs)
         outputs = seeded_run(program, program.example_inputs)
-        tolerance = rounding_tolerance((*tensors, *outputs))
+        # by every value that the run gave: a product of float16 values may need no float16 parameter
+        values = specs_in(tuple(program.analysis(shapes).values()))
+        tolerance = rounding_tolerance((*program.module.parameters(), *values))
         try:
             return cls((program.example_inputs, fresh), (outputs, seeded_run(program, fresh)), tolerance)
         except Exception as error:  # noqa: BLE001 (a model may refuse values in any way of its own: the reason is kept)
@@ -47,17 +49,18 @@ class Reference(NamedTuple):
 
     def after(self, program: Program) -> Reference:
         """The reference for the next pass: what `program` answers on the same inputs."""
-        return self._replace(outputs=tuple(seeded_run(program, inputs) for inputs in self.cases))
+        cases = (program.example_inputs, *map(program.in_io_dtype, self.cases[1:]))
+        return self._replace(cases=cases, outputs=tuple(seeded_run(program, inputs) for inputs in cases))
 
     def difference(self, program: Program) -> Difference:
         """How far the program's outputs are from these, the worst over all cases."""
         found = []
         for inputs, expected in zip(self.cases, self.outputs, strict=True):
             try:
-                outputs = seeded_run(program, inputs)
+                outputs = seeded_run(program, inputs if program.io_dtype is None else program.in_io_dtype(inputs))
             except Exception as error:  # noqa: BLE001 (operators refuse operands in their own ways: the reason is kept)
                 return incomparable(f"an operator refuses its operands: {first_line(error)}")
-            found.append(compare(expected, outputs))
+            found.append(compare(program.in_io_dtype(expected), outputs))
         return worst(found)
 
 
@@ -105,10 +108,17 @@ def check_shapes(before: Program, after: Program) -> str | None:
         known = after.analysis(shapes)
     except Exception as error:  # noqa: BLE001 (operators refuse operands in their own ways: the reason is kept)
         return f"an operator refuses its operands: {first_line(error)}"
-    expected = before.analysis(shapes)[_output(before)]
+    expected = _retyped(before.analysis(shapes)[_output(before)], after.io_dtype)
     if known[_output(after)] != expected:
         return f"the outputs became {known[_output(after)]}, they were {expected}"
     return None
+
+
+def _retyped(spec: Any, dtype: torch.dtype | None) -> Any:
+    """The outputs' specs with `dtype` in place of float32, as `Program.io_dtype` says."""
+    if isinstance(spec, TensorSpec):
+        return spec._replace(dtype=dtype) if dtype is not None and spec.dtype is torch.float32 else spec
+    return tuple(_retyped(item, dtype) for item in spec) if isinstance(spec, tuple) else spec
 
 
 def _malformed(before: Program, after: Program) -> Iterator[str]:
@@ -135,6 +145,9 @@ def _is_finite(tensor: torch.Tensor) -> bool:
 def in_double(program: Program) -> Program:
     """A copy in float64: there an exact rewrite is exact to 1e-9, and what float32 showed besides was rounding."""
     module = copy.deepcopy(program.module).double()
+    for node in module.graph.find_nodes(op="call_function", target=cast):
+        if node.args[1].is_floating_point:
+            node.args = (node.args[0], torch.float64)
     inputs = tuple(item.double() if item.is_floating_point() else item for item in program.example_inputs)
     double = Program(
         module, program.signature, inputs, frontend=program.frontend, batch=program.batch, target=program.target

@@ -25,6 +25,11 @@ __all__ = ["SPARSITY_KEY", "OnnxBackend"]
 SPARSITY_KEY = "fxopt.sparsity_2_4"
 """Under it the metadata of `model.onnx` name the layers with two zeros in every four weights, separated by commas."""
 
+_BFLOAT16 = (
+    "ONNX Runtime's CPU provider has next to no kernels for bfloat16, none for convolutions, matrix products and "
+    'arithmetic: use cast_precision(dtype="float16"), which it runs, or backend="eager"'
+)
+
 _PACKAGES = ("onnx", "onnxscript", "onnxruntime", "onnxoptimizer")
 
 
@@ -65,6 +70,7 @@ class OnnxBackend(Backend):
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         self._require_available()
+        from fxopt.analysis.shapes import shapes, specs_in
         from fxopt.analysis.sparsity import two_of_four
         from fxopt.lowering import onnx_export, onnx_optimize
         from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session
@@ -84,6 +90,8 @@ class OnnxBackend(Backend):
         try:
             session = open_session(model, providers=providers, threads=self._threads())
         except BackendError as error:
+            if torch.bfloat16 in {spec.dtype for spec in specs_in(tuple(program.analysis(shapes).values()))}:
+                raise BackendError(f"{error}. {_BFLOAT16}") from error
             if model is exported.model:
                 raise
             notes.append(f"onnxoptimizer was left out: {error}")

@@ -4,14 +4,19 @@ Attention over more or fewer than four axes: torch's exporter takes [batch, head
 are merged for the call and split again behind it; a missing one is added and taken away. A mask that has the leading
 axes of the query goes the same way; one of [tokens, tokens] is broadcast over whatever leads; any other is left to the
 exporter.
+
+Recurrent layers in 16 bits: ONNX Runtime crashes while it loads one with a matrix product behind it (1.32, float16, on
+the CPU), where it has no kernel for them anyway. They compute in float32, between casts.
 """
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx, nn
+from torch.utils._pytree import tree_map
 
 from fxopt import edit
 from fxopt.analysis.shapes import TensorSpec, shapes
@@ -28,12 +33,35 @@ _OTHER_RANKS = {3, 5, 6, 7, 8}
 def legalize(program: Program) -> Program:
     """The program itself if the exporter takes it, else a rewritten copy."""
     odd = [node.name for node in program.nodes if _is_odd_attention(program, node)]
-    if not odd:
+    small = [node.name for node in program.nodes if _is_small_recurrence(program, node)]
+    if not odd and not small:
         return program
     legal = program.copy()
     for name in odd:
         _with_four_axes(legal, legal.node(name))
+    for name in small:
+        module = legal.module_of(legal.node(name))
+        if isinstance(module, nn.RNNBase):
+            edit.set_module(legal, legal.node(name), _InSingle(module))
     return legal
+
+
+class _InSingle(nn.Module):
+    """A recurrent layer of 16 bits that computes in float32."""
+
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self._dtype = layer.weight_ih_l0.dtype
+        self.layer = copy.deepcopy(layer).float()
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        given = tree_map(lambda item: item.float() if isinstance(item, Tensor) else item, (args, kwargs))
+        return tree_map(lambda item: item.to(self._dtype), self.layer(*given[0], **given[1]))
+
+
+def _is_small_recurrence(program: Program, node: fx.Node) -> bool:
+    module = program.module_of(node)
+    return isinstance(module, nn.RNNBase) and module.weight_ih_l0.dtype in (torch.float16, torch.bfloat16)
 
 
 def _is_odd_attention(program: Program, node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ if __name__ != "fxopt.passes":
     )
 
 if TYPE_CHECKING:
+    from fxopt.passes.cast_precision import CastPrecision
     from fxopt.passes.cluster_weights import ClusterWeights
     from fxopt.passes.factorize_low_rank import FactorizeLowRank
     from fxopt.passes.fold_batch_norm import FoldBatchNorm
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT",
+    "CastPrecision",
     "ClusterWeights",
     "FactorizeLowRank",
     "FoldBatchNorm",
@@ -46,6 +48,7 @@ DEFAULT = ("simplify", "fold_batch_norm", "merge_branches")
 """The pipeline "default": the exact passes. Identities go first, as they hide patterns from the other two."""
 
 _MODULES = {
+    "CastPrecision": "cast_precision",
     "ClusterWeights": "cluster_weights",
     "FactorizeLowRank": "factorize_low_rank",
     "FoldBatchNorm": "fold_batch_norm",

@@ -4,7 +4,7 @@
     W about scale_o q                       weights: one scale for each output, rounded so that the least is lost
 
 Where integers go is decided by `fxopt/analysis/integer_regions.py`; which ones by the scheme of the backend
-(`fxopt/integer_scheme.py`); ranges come from histograms (`fxopt/analysis/value_ranges.py`), and weights are rounded by
+(`fxopt/integer_scheme.py`); ranges come from histograms (`fxopt/analysis/value_spreads.py`), and weights are rounded by
 `fxopt/rounding.py`, whereupon the bias takes up what is lost on average. In the graph each quantized value is a pair of
 a quantize and a dequantize node, and each weight is held as integers: eager execution simulates what an engine computes
 with integer kernels.
@@ -31,7 +31,7 @@ from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.originals import keep_original, original_of
 from fxopt.analysis.patches import PatchLayer
 from fxopt.analysis.shapes import TensorSpec, shapes
-from fxopt.analysis.value_ranges import Observer, affine_of, value_spreads
+from fxopt.analysis.value_spreads import Observer, affine_of, value_spreads
 from fxopt.errors import InputError, PassError
 from fxopt.held_weight import FUNCTIONS, call_with, readers_of, reason_to_leave, weight_of
 from fxopt.integer_scheme import INT32
@@ -66,7 +66,7 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     requires: ClassVar[frozenset[str]] = frozenset({"batch_norm_folded"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "quantized"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "mixed_precision", "quantized"})
 
     observer: Observer | Literal["auto"] = "auto"
     round: Rounding | Literal["auto"] = "auto"

@@ -15,6 +15,7 @@ from fxopt.registry import passes
 from fxopt.testing import assert_untouched, model_state
 
 SETTINGS = {
+    "cast_precision": "cast_precision",
     "cluster_weights": "cluster_weights(bits=3)",
     "factorize_low_rank": "factorize_low_rank(ratio=0.6, round_to=2)",
     "fold_batch_norm": "fold_batch_norm",
@@ -36,6 +37,8 @@ REFUSED = {
     ("cluster_weights", "prune_weights"),
     ("cluster_weights", "quantize"),
     *itertools.product(("quantize",), (*STRUCTURAL, "prune_weights", "quantize")),
+    ("cast_precision", "substitute_inverted_residual"),
+    ("cast_precision", "quantize"),
 }
 """What may not come first, and what may not come behind it."""
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fxopt.analysis.layer_moments import Moments
-from fxopt.analysis.value_ranges import Observer, Spread, affine_of
+from fxopt.analysis.value_spreads import Observer, Spread, affine_of
 from fxopt.errors import InputError
 from fxopt.integer_scheme import INT8, UINT8, IntegerType
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize

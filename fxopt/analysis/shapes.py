@@ -7,7 +7,7 @@ real run knows the shapes too: `record_shapes` keeps what it saw, so that verifi
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from fxopt.sharing import share_module
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["TensorSpec", "record_shapes", "shapes"]
+__all__ = ["TensorSpec", "record_shapes", "shapes", "specs_in"]
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +69,15 @@ def record_shapes(program: Program) -> tuple[torch.Tensor, ...]:
     outputs = program.run(*program.example_inputs, watch=_recorder(found))
     program.remember(shapes, found)
     return outputs
+
+
+def specs_in(known: Any) -> Iterator[TensorSpec]:
+    """The tensors in what is known of a node, or of several, however nested."""
+    if isinstance(known, TensorSpec):
+        yield known
+    elif isinstance(known, tuple | list):
+        for item in known:
+            yield from specs_in(item)
 
 
 def _on_meta(program: Program) -> dict[str, Any]:
