@@ -206,7 +206,7 @@ class PassManager:
             problem = check_shapes(program, candidate)
         if problem is not None or reference is None:
             return _Trial(candidate, failure=problem)
-        difference = reference.difference(candidate)
+        difference = reference.difference(candidate) if pass_.exact else reference.loss(candidate)
         if difference.mismatch:
             return _Trial(candidate, failure=difference.mismatch)
         within = difference.within(reference.tolerance)

@@ -44,8 +44,9 @@ class PassReport:
         seconds: time of planning, applying and verifying.
         before: cost before the pass.
         after: cost after it.
-        max_abs_error: largest absolute difference of any output to the program before the pass (for exact passes, to
-            the captured program or what the last lossy pass left); None if not measured.
+        max_abs_error: largest absolute difference of any output on the example inputs to the program before the pass;
+            for exact passes, on random inputs too, to the captured program or what the last lossy pass left. None if
+            not measured.
         sqnr_db: signal to quantization noise ratio of the outputs in decibel; infinite where nothing changed.
         notes: what else is worth knowing.
     """

@@ -35,8 +35,8 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, program: Program) -> Reference:
-        """Runs the program on the example inputs, and on others at another batch size: calibration data, or random."""
-        fresh = _calibration_sample(program) or program.inputs_with_batch(other_batch_size(program), seed=1)
+        """Runs the program on the example inputs, and on random inputs at another batch size."""
+        fresh = program.inputs_with_batch(other_batch_size(program), seed=1)
         outputs = seeded_run(program, program.example_inputs)
         # by every value that the run gave: a product of float16 values may need no float16 parameter
         values = specs_in(tuple(program.analysis(shapes).values()))
@@ -54,14 +54,25 @@ class Reference(NamedTuple):
 
     def difference(self, program: Program) -> Difference:
         """How far the program's outputs are from these, the worst over all cases."""
+        return worst(self._differences(program))
+
+    def loss(self, program: Program) -> Difference:
+        """How far its outputs on the example inputs are from these; what cannot be compared at all counts in every case.
+
+        What is lost on random numbers would say little of a pass that looks at data.
+        """
+        found = self._differences(program)
+        return next((item for item in found if item.mismatch), found[0])
+
+    def _differences(self, program: Program) -> list[Difference]:
         found = []
         for inputs, expected in zip(self.cases, self.outputs, strict=True):
             try:
                 outputs = seeded_run(program, inputs if program.io_dtype is None else program.in_io_dtype(inputs))
             except Exception as error:  # noqa: BLE001 (operators refuse operands in their own ways: the reason is kept)
-                return incomparable(f"an operator refuses its operands: {first_line(error)}")
+                return [incomparable(f"an operator refuses its operands: {first_line(error)}")]
             found.append(compare(program.in_io_dtype(expected), outputs))
-        return worst(found)
+        return found
 
 
 def other_batch_size(program: Program) -> int | None:
@@ -71,21 +82,6 @@ def other_batch_size(program: Program) -> int | None:
     numbers = sum(program.example_inputs[index][0].numel() for index in program.batch.inputs)
     size = min(8, max(2, 256 // max(1, numbers)))
     return size if size != program.batch.size else size + 1
-
-
-def _calibration_sample(program: Program) -> tuple[torch.Tensor, ...] | None:
-    """So many samples of the first calibration batch; None if there are none, or none to spare.
-
-    What a pass makes of data, such as ranges of integers, says nothing about random numbers.
-    """
-    size, data = other_batch_size(program), program.calibration
-    if size is None or program.batch is None or data is None or iter(data) is data:
-        return None
-    with fixed_random_state():
-        inputs = next(program.calibration_inputs())
-    if any(len(inputs[index]) < size for index in program.batch.inputs):
-        return None
-    return tuple(item[:size] if index in program.batch.inputs else item for index, item in enumerate(inputs))
 
 
 def seeded_run(program: Program, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
