@@ -57,7 +57,7 @@ class Reference(NamedTuple):
         return worst(self._differences(program))
 
     def loss(self, program: Program) -> Difference:
-        """How far its outputs on the example inputs are from these; what cannot be compared at all counts in every case.
+        """How far its outputs on the example inputs are from these; what cannot be compared counts in every case.
 
         What is lost on random numbers would say little of a pass that looks at data.
         """
