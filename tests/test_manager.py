@@ -296,7 +296,8 @@ def test_a_lossy_pass_gets_its_error_measured() -> None:
     program = fxopt.capture(nn.Linear(6, 6), X)
     result = run(program, Scale(by=1.1))
     (report,) = result.report.passes
-    largest = max(program.run(inputs)[0].abs().max().item() for inputs in (X, *program.inputs_with_batch(8, seed=1)))
+    # on the example inputs: what is lost on random ones says little of a pass that looks at data
+    largest = program.run(X)[0].abs().max().item()
     assert report.max_abs_error == pytest.approx(0.1 * largest, rel=1e-4)
     assert report.sqnr_db == pytest.approx(20.0, abs=1e-3)
     assert report.config == "scale(by=1.1)"
