@@ -111,7 +111,7 @@ class _Search:
         for node in self._program.nodes:
             if node.name in produced:
                 readers[node.name] = tuple(user.name for user in node.users)
-            elif node.name in self._readers:
+            elif self._readers.get(node.name):
                 readers[node.name] = tuple(user.name for user in node.users if user.name in self._readers[node.name])
         return Regions(readers, self._same, self._giving)
 

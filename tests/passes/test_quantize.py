@@ -169,6 +169,14 @@ def test_a_linear_layer_gives_floats_and_reads_integers_at_any_rank(batches: lis
         assert sqnr(program.module(batches[0]), compiled(batches[0])) > 60
 
 
+def test_a_layout_that_nobody_reads_as_integers_gives_floats(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 4, 4), nn.Flatten(2), nn.Flatten(), nn.Softmax(1))
+    program = quantized(model, batches)
+    assert [rewrite.node for rewrite in program.report.passes[-1].rewrites] == ["input_1", "_0", "_0"]
+    assert not program.report.passes[-1].skips
+
+
 def test_a_layer_called_twice(batches: list[Tensor]) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
