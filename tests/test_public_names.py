@@ -65,6 +65,7 @@ def test_public_names() -> None:
     assert all(hasattr(fxopt, name) for name in PUBLIC)
     assert sorted(importlib.import_module("fxopt.testing").__all__) == TESTING
     assert sorted(importlib.import_module("fxopt.passes").__all__) == [
+        "CastPrecision",
         "ClusterWeights",
         "DEFAULT",
         "FactorizeLowRank",
