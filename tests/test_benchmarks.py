@@ -334,6 +334,7 @@ def test_every_benchmark_file_is_found() -> None:
         "prune_channels",
         "prune_speed",
         "prune_weights",
+        "quantize",
         "simplify",
         "substitute_depthwise_separable",
         "substitute_inverted_residual",
