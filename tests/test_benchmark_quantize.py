@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from benchmarks import quantize
 from benchmarks.errors import BenchmarkError
+from benchmarks.networks import load_network
 from benchmarks.quantize import engines
 from benchmarks.quantize.engines import FLOAT, ORT, Engine, Files, Maker, Missing, methods
 from benchmarks.quantize.measure import fastest, fidelity
-from benchmarks.quantize.subjects import Subject
+from benchmarks.quantize.subjects import SUBJECTS, Subject
 from benchmarks.quantize.table import instruction_set, quantize_table, verdicts
 from benchmarks.timing import Timings
 
@@ -179,3 +180,14 @@ def test_the_command_writes_a_row_for_each_method_and_goes_on_after_a_failure(
 def test_the_table_has_a_cell_for_each_column() -> None:
     table = quantize_table([result(row("fxopt", latency=spread(0.5), milliseconds=1.0), row("peer", failure="x"))])
     assert [len(cells) for cells in table.rows] == [len(table.columns)] * 2
+
+
+def test_a_network_with_random_weights_stays_torchvisions_and_has_statistics_of_photographs() -> None:
+    subject = SUBJECTS["mobilenet_v2"](argparse.Namespace(crops=2))
+    other = load_network("torchvision:mobilenet_v2").model
+    assert type(subject.model) is type(other)
+    assert not subject.model.training
+    moved = [name for name, tensor in subject.model.state_dict().items() if not tensor.equal(other.state_dict()[name])]
+    assert {name.rpartition(".")[2] for name in moved} <= {"running_mean", "running_var", "num_batches_tracked"}
+    assert "features.0.1.running_mean" in moved
+    assert [len(images) for images in (subject.calibration, subject.test)] == [2, 3]

@@ -213,7 +213,9 @@ def _torchao(inductor: bool, subject: Subject, files: Files) -> Engine:
     converted = convert_pt2e(prepared)
     move_exported_model_to_eval(converted)
     path = files.folder / "model.pt"
-    torch.save(converted.state_dict(), path)
+    # the float weights, which the graph no longer reads, are still among its parameters
+    read = {node.target for node in converted.graph.nodes if node.op == "get_attr"}
+    torch.save({name: tensor for name, tensor in converted.state_dict().items() if name in read}, path)
     if inductor:
         import torch._inductor.config as config
 

@@ -65,8 +65,10 @@ def _random(name: str, *, transformer: bool = False) -> Callable[[argparse.Names
     def make(arguments: argparse.Namespace) -> Subject:
         model = load_network(f"torchvision:{name}").model
         if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+            seen = crops(CALIBRATION_PHOTOGRAPHS, arguments.crops, seed=2)
             with torch.no_grad():
-                model = reestimated(model, list(crops(CALIBRATION_PHOTOGRAPHS, arguments.crops, seed=2).split(BATCH)))
+                # back into torchvision's own model: torch.export refuses the dynamic batch of a program's module
+                model.load_state_dict(reestimated(model, list(seen.split(BATCH))).state_dict())
         return _photographed(name, model, arguments, transformer=transformer)
 
     return make
