@@ -107,6 +107,7 @@ class Quantize(Pass):
             )
         for layers in weights:
             source = cast("fx.Node", program.call(layers[0]).arguments["input"])
+            read = {"input": affines[source.name].to_json()} if program.op(layers[0]) == "linear" else {}
             paths = ", ".join(sorted({str(layer.target) for layer in layers}))
             yield Rewrite(
                 layers[0].name,
@@ -114,7 +115,7 @@ class Quantize(Pass):
                 {
                     "layers": [layer.name for layer in layers],
                     "bits": program.scheme.weight_bits,
-                    "input": affines[source.name].to_json(),
+                    **read,
                 },
             )
 

@@ -98,7 +98,11 @@ class _Search:
         self._giving: dict[str, str] = {}
         for node in program.nodes:
             if node.name in layers:
-                self._read(cast("fx.Node", program.call(node).arguments["input"]), node)
+                source, reader = cast("fx.Node", program.call(node).arguments["input"]), node
+                if _pads_with_zeros(program, source):
+                    # engines have kernels pad, but for this they must find it beside the layer
+                    source, reader = cast("fx.Node", program.call(source).arguments["input"]), source
+                self._read(source, reader)
                 if program.op(node) != "linear":
                     self._give(node)
 
@@ -181,6 +185,15 @@ class _Search:
 
     def _give(self, node: fx.Node) -> None:
         self._giving[node.name] = _behind_activation(self._program, node).name
+
+
+def _pads_with_zeros(program: Program, node: fx.Node) -> bool:
+    """Whether a node puts zeros around what it reads, for one reader."""
+    call = program.call(node)
+    if call.op not in ("pad", "constant_pad") or len(node.users) != 1:
+        return False
+    filled = call.arguments.get("value") if call.module is None else 0
+    return call.arguments.get("mode", "constant") == "constant" and filled in (None, 0)
 
 
 def _behind_activation(program: Program, node: fx.Node) -> fx.Node:

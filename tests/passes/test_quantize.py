@@ -123,8 +123,37 @@ def test_one_scale_for_a_layer_loses_more(batches: list[Tensor]) -> None:
     assert errors[0] < 0.9 * errors[1]
 
 
+def kernels_of(path: Path) -> list[str]:
+    """What ONNX Runtime makes of a model."""
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(path.with_name("optimized.onnx"))
+    options.log_severity_level = 3
+    onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    return [node.op_type for node in onnx.load(path.with_name("optimized.onnx")).graph.node]
+
+
+def test_zeros_around_a_value_are_left_to_the_kernel(batches: list[Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(8, 4, 3, 2)).eval()
+    compiled = fxopt.compile(
+        model, (batches[0][:2],), passes=["fold_batch_norm", "quantize"], calibration=batches, on_no_match="ignore"
+    )
+    values = [
+        rewrite.params["readers"] for rewrite in compiled.report.passes[-1].rewrites if "affine" in rewrite.params
+    ]
+    assert values == [["_0"], ["_2"], ["output"]]
+    with torch.no_grad():
+        assert sqnr(model(batches[0]), compiled(batches[0])) > 30
+    compiled.save(tmp_path / "engine")
+    kinds = kernels_of(tmp_path / "engine" / "model.onnx")
+    assert kinds.count("QLinearConv") == 2
+    assert "Pad" not in kinds
+
+
 def test_an_engine_computes_what_is_simulated(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
     compiled = fxopt.compile(
         model, (batches[0][:2],), passes=["fold_batch_norm", "quantize"], calibration=batches, backend="onnx"
     )
@@ -134,13 +163,7 @@ def test_an_engine_computes_what_is_simulated(model: nn.Module, batches: list[Te
         assert sqnr(program.module(fresh), compiled(fresh)) > 40
     compiled.save(tmp_path / "engine")
     assert torch.equal(fxopt.load(tmp_path / "engine")(fresh), compiled(fresh))
-    options = onnxruntime.SessionOptions()
-    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
-    options.log_severity_level = 3
-    onnxruntime.InferenceSession(tmp_path / "engine" / "model.onnx", options, providers=["CPUExecutionProvider"])
-    import onnx
-
-    kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    kinds = kernels_of(tmp_path / "engine" / "model.onnx")
     assert kinds.count("QLinearConv") == 4
     assert kinds.count("QGemm") == 1
     assert {"QLinearAdd", "QLinearConcat"} <= set(kinds)
