@@ -70,12 +70,10 @@ class Regions(NamedTuple):
     Attributes:
         readers: by value to quantize, in the order of the program: who reads it as integers.
         same: by value that has the integers of another: that one.
-        giving: by layer or join: the value that its integer kernel gives; layers that give floating numbers have none.
     """
 
     readers: Mapping[str, tuple[str, ...]]
     same: Mapping[str, str]
-    giving: Mapping[str, str]
 
 
 def integer_regions(program: Program, layers: Collection[str]) -> Regions:
@@ -117,7 +115,7 @@ class _Search:
                 readers[node.name] = tuple(user.name for user in node.users)
             elif self._readers.get(node.name):
                 readers[node.name] = tuple(user.name for user in node.users if user.name in self._readers[node.name])
-        return Regions(readers, self._same, self._giving)
+        return Regions(readers, self._same)
 
     def _extend(self) -> bool:
         """Takes in joins and layouts whose operands are quantized; whether there were any."""
