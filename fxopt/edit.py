@@ -29,6 +29,7 @@ __all__ = [
     "set_call",
     "set_io_dtype",
     "set_module",
+    "set_operand",
     "set_parameter",
     "set_tensor",
 ]
@@ -193,6 +194,13 @@ def set_module(program: Program, node: fx.Node, module: nn.Module) -> None:
     module.train(program.training)
     for path in {str(caller.target) for caller in callers}:
         program._place(path, module)
+    program._changed()
+
+
+def set_operand(program: Program, readers: Sequence[fx.Node], old: fx.Node, new: fx.Node) -> None:
+    """Has some nodes read `new` wherever they read `old`."""
+    for reader in readers:
+        reader.replace_input_with(old, new)
     program._changed()
 
 

@@ -1,8 +1,8 @@
 """Weights as integers: which scale, and which way each weight is rounded.
 
-    W = s q + error,   |q| <= limit,   one s for each output
+    W = s q + error,   |q| <= limit,   one s for each output, or for each block of the places of an output
 
-The scale of an output is the one, of some that cut off its largest weights, whose rounding loses the least. "nearest"
+A scale is the one, of some that cut off its largest weights, whose rounding loses the least. "nearest"
 rounds each weight by itself. "gptq" rounds one place of the patch after another, and lets those that are left make up
 for what was lost at the places before (GPTQ, arXiv:2210.17323; Optimal Brain Surgeon for rounding): with U the upper
 Cholesky factor of the inverse of the patches' covariance,
@@ -14,6 +14,7 @@ What is lost on average is no business of the weights: the bias takes it up (arX
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -35,7 +36,7 @@ class Rounded(NamedTuple):
 
     Attributes:
         codes: the integers, [groups, D, outputs / groups], as float64.
-        scale: [groups, 1, outputs / groups].
+        scale: [groups, blocks, outputs / groups].
         offset: what the bias has to take up, [outputs].
     """
 
@@ -45,7 +46,13 @@ class Rounded(NamedTuple):
 
 
 def rounded(
-    weight: Tensor, limit: int, patches: Moments | None, *, how: Rounding = "nearest", per_channel: bool = True
+    weight: Tensor,
+    limit: int,
+    patches: Moments | None,
+    *,
+    how: Rounding = "nearest",
+    per_channel: bool = True,
+    block: int | None = None,
 ) -> Rounded:
     """The integers that stand for a weight.
 
@@ -55,32 +62,43 @@ def rounded(
         patches: moments of what it is multiplied by; None counts all places alike, and rounds to the nearest.
         how: "gptq" takes the moments.
         per_channel: whether each output has a scale of its own.
+        block: how many places share a scale; None: all. The last block may be shorter.
     """
     counts = None if patches is None else patches.covariance.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    scale = _scales(weight, limit, counts, per_channel=per_channel)
+    scale = _scales(weight, limit, counts, per_channel=per_channel, block=block)
+    places = scale.repeat_interleave(block or weight.shape[1], 1)[:, : weight.shape[1]]
     if how == "nearest" or patches is None:
-        codes = (weight / scale).round().clamp(-limit, limit)
+        codes = (weight / places).round().clamp(-limit, limit)
     else:
-        codes = _gptq(weight, scale, limit, torch.stack([ridge(part, patches.noise) for part in patches.covariance]))
+        codes = _gptq(weight, places, limit, torch.stack([ridge(part, patches.noise) for part in patches.covariance]))
     offset = weight.new_zeros(weight.shape[0] * weight.shape[2])
     if patches is not None:
-        offset = (patches.mean.unsqueeze(1) @ (weight - codes * scale)).reshape(-1)
+        offset = (patches.mean.unsqueeze(1) @ (weight - codes * places)).reshape(-1)
     return Rounded(codes, scale, offset)
 
 
-def _scales(weight: Tensor, limit: int, counts: Tensor | None, *, per_channel: bool) -> Tensor:
-    """The scales, as float32 holds them."""
-    most = weight.abs().amax(1, keepdim=True)
-    if not per_channel:
-        most = most.amax((0, 2), keepdim=True).expand_as(most)
+def _scales(weight: Tensor, limit: int, counts: Tensor | None, *, per_channel: bool, block: int | None) -> Tensor:
+    """The scales, as float32 holds them, [groups, blocks, outputs / groups]."""
+    length = weight.shape[1]
+    missing = -length % (block or length)
+
+    def in_blocks(values: Tensor) -> Tensor:
+        """[groups, blocks, places, outputs / groups], zeros behind the last place."""
+        padded: Tensor = torch.nn.functional.pad(values, (0, 0, 0, missing))
+        return padded.reshape(len(values), -1, block or length, values.shape[2])
+
+    def together(values: Tensor, join: Callable[..., Tensor]) -> Tensor:
+        """The same number for all outputs, where these share a scale."""
+        return values if per_channel else join(values, (0, 2), keepdim=True).expand_as(values)
+
+    most = together(in_blocks(weight.abs()).amax(2), torch.amax)
     best = torch.full_like(most, torch.inf)
     found = torch.ones_like(most)
     for share in _SHRINKS:
         scale = torch.where(most > 0, most * share / limit, 1.0).float().clamp(min=1e-30).double()
-        lost = ((weight / scale).round().clamp(-limit, limit) * scale - weight).square()
-        error = (lost if counts is None else lost * counts).sum(1, keepdim=True)
-        if not per_channel:
-            error = error.sum((0, 2), keepdim=True).expand_as(error)
+        places = scale.repeat_interleave(block or length, 1)[:, :length]
+        lost = ((weight / places).round().clamp(-limit, limit) * places - weight).square()
+        error = together(in_blocks(lost if counts is None else lost * counts).sum(2), torch.sum)
         better = error < best
         best, found = torch.where(better, error, best), torch.where(better, scale, found)
     return found
@@ -98,9 +116,9 @@ def _gptq(weight: Tensor, scale: Tensor, limit: int, covariance: Tensor) -> Tens
         block = left[:, start:end].clone()
         for place in range(end - start):
             row, at = block[:, place], start + place
-            code = (row / scale[:, 0]).round().clamp(-limit, limit)
+            code = (row / scale[:, at]).round().clamp(-limit, limit)
             codes[:, at] = code
-            error = (row - code * scale[:, 0]) / upper[:, at, at].unsqueeze(1)
+            error = (row - code * scale[:, at]) / upper[:, at, at].unsqueeze(1)
             errors.append(error)
             block[:, place + 1 :] -= upper[:, at, at + 1 : end].unsqueeze(2) * error.unsqueeze(1)
         left[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ torch.stack(errors, 1)

@@ -141,13 +141,10 @@ def test_passes_are_imported_one_by_one(new_process: NewProcess) -> None:
 
 def test_importing_is_cheap(new_process: NewProcess) -> None:
     source = (
-        "import sys, time, torch\n"
+        "import sys, torch\n"
         "before = set(sys.modules)\n"
-        "start = time.process_time()\n"  # of this process alone: other workers share the machine
         "import fxopt\n"
-        "print(time.process_time() - start)\n"
         "print(*sorted({name.split('.')[0] for name in set(sys.modules) - before} - set(sys.stdlib_module_names)))"
     )
-    runs = [new_process.code(source).splitlines() for _ in range(3)]
-    assert set(runs[0][1].split()) <= {"fxopt", "torch", "numpy", "__editable___fxopt_0_1_0_finder"}
-    assert min(float(seconds) for seconds, _ in runs) < 0.1
+    # how many seconds that takes is a bar of the benchmark "overhead"
+    assert set(new_process.code(source).split()) <= {"fxopt", "torch", "numpy", "__editable___fxopt_0_1_0_finder"}

@@ -40,8 +40,11 @@ class PatchLayer:
     @property
     def weight(self) -> Tensor:
         """The weight in float64, [groups, D, outputs / groups]."""
-        weight: Tensor = self._layer.weight.detach().double()
-        return weight.reshape(self.groups, -1, self.length).transpose(1, 2)
+        return self.as_matrix(self._layer.weight.detach())
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """What has the weight's shape in the layout of `weight`, float64."""
+        return weight.double().reshape(self.groups, -1, self.length).transpose(1, 2)
 
     @property
     def bias(self) -> Tensor | float:

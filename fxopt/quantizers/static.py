@@ -1,0 +1,139 @@
+"""Static quantization: ranges of activations are fixed ahead, from calibration data.
+
+    x about scale (q - zero_point)          activations: 8 bits, a range for each value
+    W about scale_o q                       weights: one scale for each output
+
+Where integers go is decided by `fxopt/analysis/integer_regions.py`; which ones by the scheme of the backend
+(`fxopt/integer_scheme.py`); ranges come from histograms (`fxopt/analysis/value_spreads.py`), and weights are rounded by
+`fxopt/rounding.py`. In the graph each quantized value is a pair of a quantize and a dequantize node, and each weight is
+held as integers: eager execution simulates what an engine computes with integer kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, fx
+
+from fxopt import edit
+from fxopt.analysis.integer_regions import integer_regions
+from fxopt.analysis.originals import keep_original, original_of
+from fxopt.analysis.value_spreads import Observer, affine_of, value_spreads
+from fxopt.errors import InputError, PassError
+from fxopt.held_weight import call_with
+from fxopt.integer_scheme import INT32
+from fxopt.passes_base import Rewrite, Skip, listed
+from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
+from fxopt.quantizers.layers import find_layers
+from fxopt.quantizers.weights import WeightRounding
+from fxopt.rounding import Rounding
+
+if TYPE_CHECKING:
+    from fxopt.program import Program
+
+__all__ = ["KERNELS", "StaticQuantizer"]
+
+KERNELS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
+
+
+@dataclass(frozen=True)
+class StaticQuantizer:
+    """Plans and applies static quantization.
+
+    Attributes:
+        observer: how ranges of activations are chosen.
+        round: how weights are rounded.
+        weight_bits: of a weight; the scheme of the backend may allow fewer.
+        per_channel: whether each output of a layer has a scale of its own.
+        ignore: patterns of layer paths that are left alone.
+    """
+
+    observer: Observer
+    round: Rounding
+    weight_bits: int
+    per_channel: bool
+    ignore: tuple[str, ...]
+
+    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
+        """One decision per value to quantize, then one per weight.
+
+        Raises:
+            InputError: if there are no calibration data, or no layer can be quantized.
+        """
+        if program.calibration is None:
+            raise InputError("quantize takes ranges from data: pass calibration=, an iterable of batches")
+        weights, left = find_layers(program, KERNELS, self.ignore)
+        yield from left
+        regions = integer_regions(program, [layer.name for layers in weights for layer in layers])
+        spreads = value_spreads(program, [name for name in regions.readers if name not in regions.same])
+        affines: dict[str, Affine] = {}
+        for name, readers in regions.readers.items():
+            same = regions.same.get(name)
+            scheme = program.scheme.activations
+            affines[name] = affine_of(spreads[name], scheme, self.observer) if same is None else affines[same]
+            low, high = affines[name].range
+            yield Rewrite(
+                name,
+                f"{affines[name].type.name} from {low:.4g} to {high:.4g}, for {listed(readers)}",
+                {"affine": affines[name].to_json(), "readers": list(readers)},
+            )
+        bits = min(self.weight_bits, program.scheme.weight_bits)
+        for layers in weights:
+            source = cast("fx.Node", program.call(layers[0]).arguments["input"])
+            read = {"input": affines[source.name].to_json()} if program.op(layers[0]) == "linear" else {}
+            paths = ", ".join(sorted({str(layer.target) for layer in layers}))
+            yield Rewrite(
+                layers[0].name,
+                f"{bits}-bit weights of {paths}",
+                {"layers": [layer.name for layer in layers], "bits": bits, **read},
+            )
+
+    def apply(self, program: Program, rewrite: Rewrite) -> None:
+        """Quantizes one value or one weight; what a weight becomes is no part of the plan."""
+        original = original_of(program)
+        if "affine" in rewrite.params:
+            self.quantize_value(program, program.node(rewrite.node), rewrite.params)
+        else:
+            self.quantize_weight(program, original, rewrite.params)
+        keep_original(program, original)
+
+    def quantize_value(self, program: Program, node: fx.Node, params: Mapping[str, Any]) -> None:
+        """Has some readers of a value read what its integers stand for."""
+        affine = Affine.from_json(params["affine"])
+        wanted = set(params["readers"])
+        readers = [item for item in program.nodes if item.name in wanted]
+        if not readers:
+            raise PassError("nothing reads it", pass_name="quantize", node=node.name)  # noqa: S106 (no secret)
+        name = f"{node.name}_quantized"
+        codes = edit.insert_before(program, readers[0], quantize, (node, *affine.arguments), name=name)
+        value = edit.insert_before(program, readers[0], dequantize, (codes, *affine.arguments))
+        edit.set_operand(program, readers, node, value)
+
+    def quantize_weight(self, program: Program, original: Program, params: Mapping[str, Any]) -> None:
+        """Has layers that share a weight read integers."""
+        layers = [program.node(name) for name in params["layers"]]
+        first, layer = layers[0], cast("Any", program.module_of(layers[0]))
+        every = [[each.name for each in group] for group in find_layers(original, KERNELS, self.ignore).weights]
+        rounding = WeightRounding(params["bits"], self.round, self.per_channel)
+        found = rounding.of(original, params["layers"], every)
+        bias = None
+        if len(layers) == 1:
+            whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
+            if program.op(first) == "linear":
+                # a linear layer that gives floating numbers has an integer kernel only with a bias of integers
+                bias = _integer_bias(whole, found.scale, Affine.from_json(params["input"]))
+            if bias is None and (layer.bias is not None or bool(found.offset.any())):
+                edit.set_tensor(program, first, "bias", whole.to(layer.weight.dtype))
+        call_with(program, layers, QuantizedTensor(found.codes, found.scale), bias)
+
+
+def _integer_bias(bias: Tensor, scale: Tensor, source: Affine) -> QuantizedTensor | None:
+    """A bias with the scale that products of integers have; None if there is none, or it would not fit."""
+    scales = scale * source.scale
+    codes = (bias / scales.double()).round()
+    if not bool(bias.any()) or bool((codes.abs() > INT32.high).any()) or bool((scales == 0).any()):
+        return None
+    return QuantizedTensor(codes.to(torch.int32), scales)

@@ -1,0 +1,109 @@
+"""The weights of a program's layers as integers, rounded by what the layers read of the calibration data.
+
+All that a pass asks for is rounded in one run, and kept with the program until its weights change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fxopt.analysis.layer_moments import Moments, layer_moments
+from fxopt.analysis.measurements import keep, measured
+from fxopt.analysis.patches import PatchLayer
+from fxopt.masking import mask_of
+from fxopt.rounding import Rounded, Rounding, rounded
+from fxopt.substitution import LONGEST
+
+if TYPE_CHECKING:
+    from fxopt.program import Program
+
+__all__ = ["WeightCodes", "WeightRounding"]
+
+
+@dataclass(frozen=True)
+class WeightCodes:
+    """A layer's weight as integers.
+
+    Attributes:
+        codes: int8, in the shape of the weight.
+        scale: float32[outputs], or [outputs, blocks] where blocks of a row have scales of their own.
+        offset: what the bias has to take up, float64[outputs].
+    """
+
+    codes: Tensor
+    scale: Tensor
+    offset: Tensor
+
+
+@dataclass(frozen=True)
+class WeightRounding:
+    """How weights are rounded.
+
+    Attributes:
+        bits: of an integer.
+        how: to the nearest, or with an eye on what the layer reads.
+        per_channel: whether each output has a scale of its own.
+        block: how many weights in a row share a scale; None: all.
+    """
+
+    bits: int
+    how: Rounding
+    per_channel: bool = True
+    block: int | None = None
+
+    def of(self, original: Program, layers: Sequence[str], all_layers: Sequence[Sequence[str]]) -> WeightCodes:
+        """The weight that some layers of a program read.
+
+        Args:
+            original: the program, in floating point; with calibration data where the rounding needs it.
+            layers: names of the nodes that read the weight.
+            all_layers: the same for every weight that will be asked for: one run serves them all.
+        """
+        known: Mapping[Any, Rounded] = measured(original, _roundings)
+        key = tuple(layers), self
+        if key not in known:
+            found = dict(known)
+            for names, moments in _moments(original, all_layers):
+                layer = PatchLayer(cast("nn.Module", original.module_of(original.node(names[0]))))
+                mask = mask_of(original.module_of(original.node(names[0])))
+                weight = layer.weight if mask is None else layer.weight * layer.as_matrix(mask)
+                found[names, self] = rounded(
+                    weight,
+                    2 ** (self.bits - 1) - 1,
+                    moments,
+                    how=self.how,
+                    per_channel=self.per_channel,
+                    block=self.block,
+                )
+            known = found
+            keep(original, _roundings, cast("Mapping[Any, Rounded]", found))
+        return _codes(known[key], cast("Any", original.module_of(original.node(layers[0]))).weight.shape)
+
+
+def _codes(found: Rounded, shape: torch.Size) -> WeightCodes:
+    codes = found.codes.transpose(1, 2).reshape(shape).to(torch.int8).contiguous()
+    scale = found.scale.transpose(1, 2).flatten(0, 1).float()
+    return WeightCodes(codes, scale.squeeze(1) if scale.shape[1] == 1 else scale, found.offset)
+
+
+def _moments(
+    original: Program, all_layers: Sequence[Sequence[str]]
+) -> Iterator[tuple[tuple[str, ...], Moments | None]]:
+    """For every weight, the moments of the patches that it is multiplied by; None where several layers read it."""
+    alone = [names[0] for names in all_layers if len(names) == 1]
+    if original.calibration is None:
+        yield from ((tuple(names), None) for names in all_layers)
+        return
+    for name, moments in layer_moments(original, alone, lambda layer: layer.length <= LONGEST):
+        yield (name,), moments.patches
+    yield from ((tuple(names), None) for names in all_layers if len(names) > 1)
+
+
+def _roundings(_: Program) -> Mapping[Any, Rounded]:
+    """What was rounded so far."""
+    return {}
