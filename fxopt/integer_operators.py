@@ -5,9 +5,9 @@
     z   = round(clip(-low / s, 0, 255))
     q   = clip(round(x / s) + z, 0, 255)    halves to the even number
 
-which is ONNX's DynamicQuantizeLinear. The sum of products (q - z) w is a whole number, held exactly; it is multiplied by
-s times the scale of the output, and the bias is added in float32. Backends that have kernels for these operators name
-them; torch computes what such kernels give. Importing this file registers them.
+which is ONNX's DynamicQuantizeLinear. The sum of products (q - z) w is a whole number, held exactly; it is multiplied
+by s times the scale of the output, and the bias is added in float32. Torch computes here what integer kernels give.
+Importing this file registers the operators.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def _dynamic_linear(value: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | 
 
 
 @_dynamic_linear.register_fake
-def _(value: Tensor, codes: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+def _(value: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return value.new_empty((*value.shape[:-1], codes.shape[1]))
 
 
@@ -82,7 +82,8 @@ def _dynamic_lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of an LSTM, forward or in both directions. Gates in ONNX's order: input, output, forget, cell.
 
-    What is read is quantized as a whole, and the hidden state at every step.
+    What is read is quantized as a whole, and the hidden state at every step. ONNX Runtime does the same where one thread
+    has the whole batch; its threads share it between them else, and find a range for each share of the hidden state.
 
     Args:
         value: float32[steps, batch, inputs].
@@ -115,16 +116,7 @@ def _dynamic_lstm(
 
 
 @_dynamic_lstm.register_fake
-def _(
-    value: Tensor,
-    hidden: Tensor,
-    cell: Tensor,
-    codes: Tensor,
-    scale: Tensor,
-    recurrent_codes: Tensor,
-    recurrent_scale: Tensor,
-    bias: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _(value: Tensor, hidden: Tensor, cell: Tensor, codes: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     width = len(codes) * hidden.shape[2]
     return value.new_empty((*value.shape[:2], width)), torch.empty_like(hidden), torch.empty_like(cell)
 

@@ -1,20 +1,20 @@
 """What computes with integers, or holds weights so, as ONNX says it: in the form of which ONNX Runtime makes the best.
 
-A weight that is held as integers (`fxopt/packed_weight.py`): a linear layer becomes DequantizeLinear, over blocks of the
-inputs, and MatMul. ONNX Runtime makes one MatMulNBits of both, which reads integers, if the weight is laid out as
+A weight that is held as integers (`fxopt/packed_weight.py`): a linear layer becomes DequantizeLinear, over blocks of
+the inputs, and MatMul. ONNX Runtime makes one MatMulNBits of both, which reads integers, if the weight is laid out as
 [inputs, outputs] and MatMul reads it without a Transpose. A convolution has no such kernel: behind a DequantizeLinear
-its weight would be computed anew at every call, and it would keep out of the layout that fast kernels take. Cast and Mul
-say the same, and are computed once, as a model is loaded.
+its weight would be computed anew at every call, and it would keep out of the layout that fast kernels take. Cast and
+Mul say the same, and are computed once, as a model is loaded.
 
 Integers of 4 bits are packed by ONNX as by us. The exporter has no type for them: it is told of bytes, and the type is
 put right behind it (`in_four_bits`).
 
-Layers that quantize what they read as they run (`fxopt/dynamic_linear.py`, `fxopt/dynamic_lstm.py`): DynamicQuantizeLinear
-and MatMulInteger, of which ONNX Runtime makes one DynamicQuantizeMatMul. For an LSTM it has an operator of its own, which
-is no part of ONNX.
+Layers that quantize what they read as they run (`fxopt/dynamic_linear.py`, `fxopt/dynamic_lstm.py`):
+DynamicQuantizeLinear and MatMulInteger, of which ONNX Runtime makes one DynamicQuantizeMatMul. For an LSTM it has an
+operator of its own, which is no part of ONNX.
 
-All of it is said by modules that take the place of ours in a copy of the program, and whose nodes torch's exporter takes
-over as they are. To run, they are of no use.
+All of it is said by modules that take the place of ours in a copy of the program, and whose nodes torch's exporter
+takes over as they are. To run, they are of no use.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fxopt import edit
 from fxopt.dynamic_linear import DynamicLinear
-from fxopt.dynamic_lstm import DynamicLSTM, LSTMLayer
+from fxopt.dynamic_lstm import DynamicLSTM
 from fxopt.packed_weight import PackedWeight
 from fxopt.sharing import share_module
 
@@ -54,7 +54,7 @@ def spell_integers(program: Program) -> Program:
         node = spelled.node(name)
         module = spelled.module_of(node)
         if isinstance(module, DynamicLinear):
-            edit.set_module(spelled, node, _Linear(module))
+            edit.set_module(spelled, node, _Linear(module.codes, module.scale, module.bias))
         elif isinstance(module, DynamicLSTM):
             edit.set_module(spelled, node, _LSTM(module))
         elif isinstance(module, PackedWeight):
@@ -81,7 +81,7 @@ def in_four_bits(model: onnx_ir.Model, sizes: Mapping[str, tuple[int, int]]) -> 
         value = model.graph.initializers[name]
         packed = cast("Any", value.const_value).tobytes()
         tensor = onnx.helper.make_tensor(name, onnx.TensorProto.INT4, shape, packed, raw=True)
-        value.const_value = onnx_ir.from_proto(tensor)
+        value.const_value = onnx_ir.serde.deserialize_tensor(tensor)
         value.dtype, value.shape = onnx_ir.DataType.INT4, onnx_ir.Shape(shape)
 
 
@@ -118,23 +118,17 @@ class _ComputedWeight(PackedWeight):
         return (numbers * self.scale).t().reshape(self.shape)
 
 
-class _Linear(nn.Module):
+class _Linear(DynamicLinear):
     """A linear layer that quantizes what it reads."""
 
-    def __init__(self, layer: DynamicLinear) -> None:
-        super().__init__()
-        self.register_buffer("codes", layer.codes)
-        self.register_buffer("scale", layer.scale)
-        self.register_parameter("bias", layer.bias)
-
-    def forward(self, value: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that torch gives it)
         read, scale, zero_point = _nodes(
             "DynamicQuantizeLinear",
-            [value],
+            [input],
             (torch.uint8, torch.float32, torch.uint8),
-            (value.shape, (), ()),
+            (input.shape, (), ()),
         )
-        sizes = (*value.shape[:-1], self.codes.shape[1])
+        sizes = (*input.shape[:-1], self.codes.shape[1])
         sums = _node("MatMulInteger", [read, self.codes, zero_point], torch.int32, sizes)
         found = sums.float() * (scale * self.scale)
         return found if self.bias is None else found + self.bias
@@ -177,12 +171,12 @@ def _node(
     inputs: Sequence[Tensor | None],
     dtype: torch.dtype,
     sizes: Sequence[Any],
-    attributes: Mapping[str, Any] | None = None,
+    attributes: dict[str, Any] | None = None,
 ) -> Tensor:
     """A node of ONNX with one output."""
     import torch.onnx.ops
 
-    found: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes or {}, dtype=dtype, shape=sizes)
+    found: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=sizes)
     return found
 
 
@@ -191,12 +185,12 @@ def _nodes(
     inputs: Sequence[Tensor | None],
     dtypes: Sequence[torch.dtype],
     sizes: Sequence[Sequence[Any]],
-    attributes: Mapping[str, Any] | None = None,
+    attributes: dict[str, Any] | None = None,
 ) -> Sequence[Tensor]:
     """A node of ONNX with several outputs."""
     import torch.onnx.ops
 
     found: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
-        operator, inputs, attributes or {}, dtypes=dtypes, shapes=sizes
+        operator, inputs, attributes, dtypes=dtypes, shapes=sizes
     )
     return found

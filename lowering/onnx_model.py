@@ -33,8 +33,8 @@ _ONE_FILE_BELOW = 2**31 - 2**26  # bytes of weights; what is left is for the gra
 
 _INT4 = 22
 
-# The numbers are onnx.TensorProto.DataType; types that torch has not, or packs differently, stay inside (8-bit floats) or
-# are kept as messages (4 bits).
+# The numbers are onnx.TensorProto.DataType; of types that torch packs differently, 8-bit floats stay inside, and 4 bits
+# are kept as messages.
 _TORCH_TYPES: Mapping[int, torch.dtype] = {
     1: torch.float32,
     2: torch.uint8,

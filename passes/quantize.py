@@ -8,8 +8,8 @@
 Each mode is described in its file of `fxopt/quantizers/`. Weights are rounded so that the least is lost, whereupon the
 bias takes up what is lost on average.
 
-Fold BatchNorms before; static quantization asks for it. Refused, with the reason: layers without an integer kernel, that are ignored, whose weight comes
-from elsewhere, or that do not compute in float32; and a program in which no layer is left.
+Fold BatchNorms before; mode="static" asks for it. Refused, with the reason: layers without an integer kernel, that are
+ignored, whose weight comes from elsewhere, or that do not compute in float32; and a program in which no layer is left.
 
 Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what works).
 """

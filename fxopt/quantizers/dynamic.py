@@ -105,12 +105,14 @@ class DynamicQuantizer:
         for index in range(layer.num_layers):
             names = [f"l{index}{suffix}" for suffix in ("", "_reverse")[: 1 + layer.bidirectional]]
             codes, scale = self._gates([getattr(layer, f"weight_ih_{name}") for name in names], bits)
-            recurrent_codes, recurrent_scale = self._gates([getattr(layer, f"weight_hh_{name}") for name in names], bits)
+            recurrent_codes, recurrent_scale = self._gates(
+                [getattr(layer, f"weight_hh_{name}") for name in names], bits
+            )
             bias = torch.zeros_like(scale)
             if layer.bias:
                 both = [getattr(layer, f"bias_ih_{name}") + getattr(layer, f"bias_hh_{name}") for name in names]
                 bias = nn.Parameter(torch.stack([in_onnx_order(item.detach()) for item in both]))
-            layers.append(LSTMLayer(codes, scale, recurrent_codes, recurrent_scale, bias))
+            layers.append(LSTMLayer(*read, *recurrent, bias))
         return DynamicLSTM(layers, batch_first=layer.batch_first)
 
     def _gates(self, weights: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:

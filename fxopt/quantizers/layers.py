@@ -63,7 +63,9 @@ def find_layers(
         call = program.call(node)
         if call.op in _RECURRENT:
             layers = program.callers(node) or [node]
-            reason = _reason_to_leave_recurrent(program, layers, ignore) if call.op in kernels else f"{call.op} {others}"
+            reason = (
+                _reason_to_leave_recurrent(program, layers, ignore) if call.op in kernels else f"{call.op} {others}"
+            )
             if reason is not None:
                 left.append(Skip(node.name, reason))
             elif layers[0] is node:
