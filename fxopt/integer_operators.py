@@ -82,8 +82,8 @@ def _dynamic_lstm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One layer of an LSTM, forward or in both directions. Gates in ONNX's order: input, output, forget, cell.
 
-    What is read is quantized as a whole, and the hidden state at every step. ONNX Runtime does the same where one thread
-    has the whole batch; its threads share it between them else, and find a range for each share of the hidden state.
+    What is read is quantized as a whole, and the hidden state at every step. ONNX Runtime does the same on one thread;
+    several share the batch, and find a range for each share of the hidden state.
 
     Args:
         value: float32[steps, batch, inputs].

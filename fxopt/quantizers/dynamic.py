@@ -104,11 +104,10 @@ class DynamicQuantizer:
         layers = []
         for index in range(layer.num_layers):
             names = [f"l{index}{suffix}" for suffix in ("", "_reverse")[: 1 + layer.bidirectional]]
-            codes, scale = self._gates([getattr(layer, f"weight_ih_{name}") for name in names], bits)
-            recurrent_codes, recurrent_scale = self._gates(
-                [getattr(layer, f"weight_hh_{name}") for name in names], bits
+            read, recurrent = (
+                self._gates([getattr(layer, f"weight_{kind}_{name}") for name in names], bits) for kind in ("ih", "hh")
             )
-            bias = torch.zeros_like(scale)
+            bias = torch.zeros_like(read[1])
             if layer.bias:
                 both = [getattr(layer, f"bias_ih_{name}") + getattr(layer, f"bias_hh_{name}") for name in names]
                 bias = nn.Parameter(torch.stack([in_onnx_order(item.detach()) for item in both]))
