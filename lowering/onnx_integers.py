@@ -4,7 +4,8 @@ A weight that is held as integers (`fxopt/packed_weight.py`): a linear layer bec
 the inputs, and MatMul. ONNX Runtime makes one MatMulNBits of both, which reads integers, if the weight is laid out as
 [inputs, outputs] and MatMul reads it without a Transpose. A convolution has no such kernel: behind a DequantizeLinear
 its weight would be computed anew at every call, and it would keep out of the layout that fast kernels take. Cast and
-Mul say the same, and are computed once, as a model is loaded.
+Mul say the same, and are computed once, as a model is loaded. Matrices get a third axis on the way: ONNX Runtime (1.32)
+does not fuse a product of matrices with a Relu between it and the next.
 
 Integers of 4 bits are packed by ONNX as by us. The exporter has no type for them: it is told of bytes, and the type is
 put right behind it (`in_four_bits`).
@@ -19,13 +20,14 @@ takes over as they are. To run, they are of no use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxopt import edit
+from fxopt.analysis.shapes import shapes
 from fxopt.dynamic_linear import DynamicLinear
 from fxopt.dynamic_lstm import DynamicLSTM
 from fxopt.packed_weight import PackedWeight
@@ -42,6 +44,7 @@ PACKED_OPSET = 21
 """The first that has integers of 4 bits, and scales for blocks."""
 
 _FLOAT = 1  # onnx.TensorProto.FLOAT
+_FUSED_RANK = 3
 
 
 def spell_integers(program: Program) -> Program:
@@ -49,7 +52,7 @@ def spell_integers(program: Program) -> Program:
     names = [node.name for node in program.nodes if isinstance(program.module_of(node), _OURS)]
     if not names:
         return program
-    spelled = program.copy()
+    spelled, known = program.copy(), program.analysis(shapes)
     for name in names:
         node = spelled.node(name)
         module = spelled.module_of(node)
@@ -58,7 +61,12 @@ def spell_integers(program: Program) -> Program:
         elif isinstance(module, DynamicLSTM):
             edit.set_module(spelled, node, _LSTM(module))
         elif isinstance(module, PackedWeight):
-            _spell_weight(spelled, name, module)
+            flat = {
+                layer.name
+                for layer in program.node(name).users
+                if len(known[program.call(layer).arguments["input"].name].shape) < _FUSED_RANK
+            }
+            _spell_weight(spelled, node, module, flat)
     return spelled
 
 
@@ -85,8 +93,8 @@ def in_four_bits(model: onnx_ir.Model, sizes: Mapping[str, tuple[int, int]]) -> 
         value.dtype, value.shape = onnx_ir.DataType.INT4, onnx_ir.Shape(shape)
 
 
-def _spell_weight(program: Program, name: str, held: PackedWeight) -> None:
-    node = program.node(name)
+def _spell_weight(program: Program, node: fx.Node, held: PackedWeight, flat: Container[str]) -> None:
+    """Spells a weight and the layers that read it; `flat` names those that read a matrix."""
     layers = list(node.users)
     linear = all(program.op(layer) == "linear" for layer in layers)
     # a copy, as biases may be kept inside of the module
@@ -95,9 +103,15 @@ def _spell_weight(program: Program, name: str, held: PackedWeight) -> None:
     edit.set_module(program, node, spelled)
     for layer in layers if linear else ():
         arguments = program.call(layer).arguments
-        product = edit.replace(program, layer, torch.matmul, (arguments["input"], node))
-        if arguments.get("bias") is not None:
-            edit.insert_after(program, product, torch.add, (product, arguments["bias"]))
+        source, bias = arguments["input"], arguments.get("bias")
+        lifted = layer.name in flat
+        if lifted:
+            source = edit.insert_before(program, layer, torch.unsqueeze, (source, 0))
+        found = edit.replace(program, layer, torch.matmul, (source, node))
+        if bias is not None:
+            found = edit.insert_after(program, found, torch.add, (found, bias))
+        if lifted:
+            edit.insert_after(program, found, torch.squeeze, (found, 0))
 
 
 class _DequantizedWeight(PackedWeight):
