@@ -123,6 +123,9 @@ OPERATORS: tuple[Operator, ...] = (
     _op("bilinear", "input1 input2 weight bias", functions=(F.bilinear,), aten="bilinear", modules=(nn.Bilinear,)),
     _op("codebook_weight", "", modules=("fxopt.codebook.CodebookWeight",)),
     _op("quantized_tensor", "", modules=("fxopt.quantization.QuantizedTensor",)),
+    _op("packed_weight", "", modules=("fxopt.packed_weight.PackedWeight",)),
+    _op("dynamic_linear", "input", modules=("fxopt.dynamic_linear.DynamicLinear",)),
+    _op("dynamic_lstm", "input hx", modules=("fxopt.dynamic_lstm.DynamicLSTM",)),
     _op("quantize", _AFFINE, functions=("quantized_decomposed.quantize_per_tensor.default",)),
     _op("dequantize", _AFFINE, functions=("quantized_decomposed.dequantize_per_tensor.default",)),
     _op(

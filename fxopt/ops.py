@@ -25,7 +25,7 @@ DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_d
 MODE_DEPENDENT = DROPOUTS | {"batch_norm", "instance_norm", "lstm", "gru", "rnn", "multi_head_attention"}
 """Operators that are random, or update statistics, in training only."""
 
-HELD = frozenset({"codebook_weight", "quantized_tensor"})
+HELD = frozenset({"codebook_weight", "packed_weight", "quantized_tensor"})
 """Operators that give a tensor of the model's which is held in fewer bits: to compute it ahead would undo that."""
 
 

@@ -63,6 +63,8 @@ class Pass(ABC):
         requires: properties that the program must have ("quantized", ...).
         provides: properties that it has afterwards.
         refuses: properties that the program must not have.
+
+    The three sets are read from the instance: where they depend on the options, `__post_init__` sets them.
     """
 
     name: ClassVar[str]

@@ -90,6 +90,11 @@ class QuantizedTensor(nn.Module):
         self.register_buffer("scale", scale)
         self.register_buffer("zero_point", torch.zeros_like(scale, dtype=torch.int64), persistent=False)
 
+    @property
+    def held(self) -> Mapping[str, int]:
+        """How many numbers of the model a buffer stands for."""
+        return {"codes": self.codes.numel()}
+
     def forward(self) -> Tensor:
         """The tensor, float32."""
         limits = torch.iinfo(self.codes.dtype)

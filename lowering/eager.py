@@ -7,6 +7,7 @@ archive, which holds operators and tensors and no class of the model.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import logging
 import warnings
 from abc import abstractmethod
@@ -53,6 +54,9 @@ class EagerBackend(Backend):
         return _ProgramEngine(program, TensorSpec.of_program(program, dynamic_batch=dynamic))
 
     def load(self, directory: Path, manifest: Manifest) -> Engine:
+        # what archives may call: importing these registers it
+        importlib.import_module("fxopt.quantization")
+        importlib.import_module("fxopt.integer_operators")
         path = directory / _FILE
         with _quiet_export():
             exported = load_archive(path)

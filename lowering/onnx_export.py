@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 
 from fxopt.backend import FixedBatchWarning
 from fxopt.errors import BackendError
+from fxopt.lowering.onnx_integers import PACKED_OPSET, four_bit_tensors, in_four_bits, spell_integers
 from fxopt.lowering.onnx_legalize import legalize
 from fxopt.lowering.onnx_model import OnnxModel
 from fxopt.masking import without_masks
@@ -50,6 +51,27 @@ class Exported(NamedTuple):
     notes: list[str]
 
 
+class _Held(NamedTuple):
+    """Tensors that weights are computed from to save bytes.
+
+    Attributes:
+        names: all of them; the exporter's optimizer would undo it.
+        four_bits: the sizes of those of 4 bits.
+        opset_21: whether that version of ONNX is needed to say what they are.
+    """
+
+    names: frozenset[str]
+    four_bits: Mapping[str, tuple[int, int]]
+    opset_21: bool
+
+    @classmethod
+    def of(cls, program: Program) -> _Held:
+        """Those of a program."""
+        ops = {str(node.target): op for node in program.nodes if (op := program.op(node)) in HELD}
+        names = frozenset(f"{path}.codes" for path in ops)
+        return cls(names, four_bit_tensors(program), "packed_weight" in ops.values())
+
+
 def export(program: Program, *, dynamic_batch: bool) -> Exported:
     """The program as ONNX. Input names are those of the signature; output names are made from their paths.
 
@@ -57,12 +79,14 @@ def export(program: Program, *, dynamic_batch: bool) -> Exported:
         BackendError: if the exporter fails with a fixed batch too.
     """
     program = legalize(without_masks(program))
+    held = _Held.of(program)
+    program = spell_integers(program)
     axes = program.batch.inputs if dynamic_batch and program.batch is not None else ()
     if not axes:
-        return Exported(_export_or_raise(program), False, [])
+        return Exported(_export_or_raise(program, held), False, [])
     reason = ""
     try:
-        exported = _export(program, axes)
+        exported = _export(program, axes, held)
     except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason in the warning and the note)
         reason = f"the exporter failed: {_summary(error)}"
         _log.debug("export with a dynamic batch failed", exc_info=True)
@@ -71,7 +95,7 @@ def export(program: Program, *, dynamic_batch: bool) -> Exported:
         if not lost:
             return Exported(OnnxModel.from_ir(exported), True, [])
         reason = f"the exporter fixed the batch of {', '.join(lost)}"
-    fallback = _export_or_raise(program)
+    fallback = _export_or_raise(program, held)
     assert program.batch is not None
     note = f"fixed batch of {program.batch.size}: {reason}"
     warnings.warn(
@@ -82,16 +106,16 @@ def export(program: Program, *, dynamic_batch: bool) -> Exported:
     return Exported(fallback, False, [note])
 
 
-def _export_or_raise(program: Program) -> OnnxModel:
+def _export_or_raise(program: Program, held: _Held) -> OnnxModel:
     try:
-        return OnnxModel.from_ir(_export(program, ()))
+        return OnnxModel.from_ir(_export(program, (), held))
     except Exception as error:
         raise BackendError(
             f"torch.onnx.export cannot export this program: {_summary(error)}. backend='eager' runs it without that."
         ) from error
 
 
-def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
+def _export(program: Program, axes: Sequence[int], held: _Held) -> onnx_ir.Model:
     import onnx_ir.passes.common as ir_passes
     from onnxscript.optimizer import optimize_ir
 
@@ -111,14 +135,15 @@ def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
                 input_names=list(program.signature.names),
                 output_names=_output_names(program),
                 optimize=optimize,
+                opset_version=PACKED_OPSET if held.opset_21 else None,
             )
         assert found is not None
         return found.model
 
-    held = _held_smaller(program)
-    model = exported(optimize=not held)
-    if held:
-        optimize_ir(model, should_fold=lambda node: _may_fold(node, held))
+    model = exported(optimize=not held.names)
+    if held.names:
+        in_four_bits(model, held.four_bits)
+        optimize_ir(model, should_fold=lambda node: _may_fold(node, held.names))
     elif _lost(model):
         # seen where its optimizer joins two Clips: it forgets to register the bounds. ONNX Runtime optimizes too.
         _log.debug("the exporter's optimizer lost %s; exported without it", ", ".join(_lost(model)))
@@ -126,12 +151,6 @@ def _export(program: Program, axes: Sequence[int]) -> onnx_ir.Model:
     # The exporter leaves a stack trace on every node: larger than the graph, and it names the user's paths.
     ir_passes.ClearMetadataAndDocStringPass()(model)
     return model
-
-
-def _held_smaller(program: Program) -> frozenset[str]:
-    """Names of tensors that weights are computed from to save bytes, which the exporter's optimizer would undo."""
-    paths = [str(node.target) for node in program.nodes if program.op(node) in HELD]
-    return frozenset(f"{path}.codes" for path in paths)
 
 
 def _may_fold(node: onnx_ir.Node, held: frozenset[str]) -> bool | None:

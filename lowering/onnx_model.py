@@ -10,7 +10,7 @@ message, and the large initializers beside it as torch tensors; each reader gets
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,10 @@ DATA_FILE = "model.onnx.data"
 _DETACH_ABOVE = 4096  # bytes; small constants stay in the graph, where the optimizer can see them
 _ONE_FILE_BELOW = 2**31 - 2**26  # bytes of weights; what is left is for the graph
 
-# The numbers are onnx.TensorProto.DataType; types that torch packs differently (4 bits, 8-bit floats) stay inside.
+_INT4 = 22
+
+# The numbers are onnx.TensorProto.DataType; of types that torch packs differently, 8-bit floats stay inside, and 4 bits
+# are kept as messages.
 _TORCH_TYPES: Mapping[int, torch.dtype] = {
     1: torch.float32,
     2: torch.uint8,
@@ -54,16 +57,21 @@ class OnnxModel:
     Attributes:
         graph: the model without the initializers in `weights`. Not to be changed in place.
         weights: contiguous CPU tensors by initializer name; private, so that training the program cannot reach them.
+        packed: initializers of 4 bits, which torch cannot hold and onnxoptimizer cannot read.
     """
 
     graph: onnx.ModelProto
     weights: Mapping[str, torch.Tensor]
+    packed: Sequence[onnx.TensorProto] = ()
 
     @classmethod
-    def of(cls, graph: onnx.ModelProto, weights: Mapping[str, torch.Tensor]) -> OnnxModel:
+    def of(
+        cls, graph: onnx.ModelProto, weights: Mapping[str, torch.Tensor], packed: Sequence[onnx.TensorProto] = ()
+    ) -> OnnxModel:
         """The model of a graph and its weights, without those that it does not use: ONNX Runtime refuses them."""
         used = _used_names(graph.graph)
-        return cls(graph, {name: tensor for name, tensor in weights.items() if name in used})
+        kept = {name: tensor for name, tensor in weights.items() if name in used}
+        return cls(graph, kept, [item for item in packed if item.name in used])
 
     @classmethod
     def from_ir(cls, model: onnx_ir.Model) -> OnnxModel:
@@ -80,12 +88,14 @@ class OnnxModel:
             if dtype is not None:
                 weights[name] = _private_copy(constant, dtype)
                 del model.graph.initializers[name]
-        return cls.of(onnx_ir.to_proto(model), weights)
+        graph = onnx_ir.to_proto(model)
+        return cls.of(graph, weights, _take_packed(graph))
 
     @property
     def nbytes(self) -> int:
         """Size of the model in bytes."""
-        return int(self.graph.ByteSize()) + sum(tensor.nbytes for tensor in self.weights.values())
+        packed = sum(int(item.ByteSize()) for item in self.packed)
+        return int(self.graph.ByteSize()) + packed + sum(tensor.nbytes for tensor in self.weights.values())
 
     def as_inputs(self) -> onnx.ModelProto:
         """A new message whose graph has the weights as inputs."""
@@ -96,25 +106,30 @@ class OnnxModel:
             helper.make_tensor_value_info(name, _ONNX_TYPES[tensor.dtype], list(tensor.shape))
             for name, tensor in self.weights.items()
         )
+        model.graph.input.extend(
+            helper.make_tensor_value_info(item.name, item.data_type, list(item.dims)) for item in self.packed
+        )
         return model
 
     def with_graph(self, as_inputs: onnx.ModelProto) -> OnnxModel:
         """The model with another graph, given with the weights as inputs."""
         graph = _copy(as_inputs)
-        inputs = [item for item in graph.graph.input if item.name not in self.weights]
+        outside = {*self.weights, *(item.name for item in self.packed)}
+        inputs = [item for item in graph.graph.input if item.name not in outside]
         del graph.graph.input[:]
         graph.graph.input.extend(inputs)
-        return self.of(graph, self.weights)
+        return self.of(graph, self.weights, self.packed)
 
     def with_metadata(self, key: str, value: str) -> OnnxModel:
         """The model with one more entry in its metadata."""
         graph = _copy(self.graph)
         graph.metadata_props.add(key=key, value=value)
-        return OnnxModel(graph, self.weights)
+        return OnnxModel(graph, self.weights, self.packed)
 
     def as_external(self) -> onnx.ModelProto:
-        """A new message that says at which offset of `DATA_FILE` each weight is."""
+        """A new message that says at which offset of `DATA_FILE` each weight is; those of 4 bits are inside."""
         model, offset = _copy(self.graph), 0
+        model.graph.initializer.extend(self.packed)
         for name, tensor in self.weights.items():
             item = model.graph.initializer.add(name=name, data_type=_ONNX_TYPES[tensor.dtype], dims=list(tensor.shape))
             item.data_location = item.EXTERNAL
@@ -126,6 +141,7 @@ class OnnxModel:
     def as_one(self) -> onnx.ModelProto:
         """A new message with the weights inside."""
         model = _copy(self.graph)
+        model.graph.initializer.extend(self.packed)
         for name, tensor in self.weights.items():
             item = model.graph.initializer.add(name=name, data_type=_ONNX_TYPES[tensor.dtype], dims=list(tensor.shape))
             item.raw_data = _as_bytes(tensor)
@@ -157,6 +173,7 @@ class OnnxModel:
             raise ArtifactError(f"{path} is not a readable ONNX model: {error}. Compile and save again.") from error
         weights: dict[str, torch.Tensor] = {}
         kept: list[onnx.TensorProto] = []
+        packed = _take_packed(graph)
         for item in graph.graph.initializer:
             if item.data_location == item.EXTERNAL:
                 weights[item.name] = _read_external(item, directory)
@@ -166,7 +183,7 @@ class OnnxModel:
                 kept.append(item)
         del graph.graph.initializer[:]
         graph.graph.initializer.extend(kept)
-        return cls.of(graph, weights)
+        return cls.of(graph, weights, packed)
 
 
 def _private_copy(constant: Any, dtype: torch.dtype) -> torch.Tensor:
@@ -175,6 +192,15 @@ def _private_copy(constant: Any, dtype: torch.dtype) -> torch.Tensor:
         return torch.empty(raw.shape, dtype=dtype).copy_(raw.detach())
     tensor = torch.frombuffer(bytearray(constant.tobytes()), dtype=dtype)
     return tensor.reshape(tuple(constant.shape.numpy()))
+
+
+def _take_packed(model: onnx.ModelProto) -> list[onnx.TensorProto]:
+    """Takes the initializers of 4 bits out of a model."""
+    packed = [item for item in model.graph.initializer if item.data_type == _INT4]
+    kept = [item for item in model.graph.initializer if item.data_type != _INT4]
+    del model.graph.initializer[:]
+    model.graph.initializer.extend(kept)
+    return packed
 
 
 def _copy(model: onnx.ModelProto) -> onnx.ModelProto:

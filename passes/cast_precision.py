@@ -53,6 +53,8 @@ _LOW = frozenset(f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in
     "linear bilinear embedding lstm gru rnn matmul mm bmm addmm einsum scaled_dot_product_attention".split()
 )
 
+_INTEGERS = frozenset({"dynamic_linear", "dynamic_lstm"})
+
 _ELEMENTWISE = frozenset(item.name for item in operators().values() if item.elementwise)
 
 _FLOAT32 = frozenset(
@@ -98,6 +100,9 @@ class CastPrecision(Pass):
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision per layer or per layers that share weights, and one for inputs and outputs."""
         found = False
+        for node in program.nodes:
+            if program.op(node) in _INTEGERS:
+                yield Skip(node.name, "it computes with integers")
         for group in _groups(program):
             reasons = {node: self._reason_to_keep(program, node) for node in group}
             keeps = next((node for node, reason in reasons.items() if reason is not None), None)
@@ -144,6 +149,8 @@ class CastPrecision(Pass):
             return "ignored"
         if any(program.op(item) in ("dequantize", "quantized_tensor") for item in node.all_input_nodes):
             return "it computes with integers"
+        if any(program.op(item) == "packed_weight" for item in node.all_input_nodes):
+            return "its weight is held as integers"
         tensors = held_tensors(program, node)
         known = program.analysis(shapes)
         operands = [spec for item in node.all_input_nodes for spec in specs_in(known[item.name])]

@@ -42,7 +42,9 @@ from fxopt.program import Program
 __all__ = ["ClusterWeights"]
 
 _DEFAULT_CLUSTERS = 16
-_OTHER_LAYERS = frozenset({"lstm", "gru", "rnn", "bilinear", "embedding_bag", "multi_head_attention"})
+_OTHER_LAYERS = frozenset(
+    "lstm gru rnn bilinear embedding_bag multi_head_attention dynamic_linear dynamic_lstm".split()
+)
 _LEAST_SENSITIVITY = 1e-6  # of the mean: weights that the data do not reach are clustered too
 _UNCOUNTED = 1e-12
 

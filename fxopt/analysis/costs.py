@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.interpret import run_graph
@@ -23,32 +23,55 @@ __all__ = ["macs_by_node", "total_cost"]
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 _PRODUCTS = frozenset({"matmul", "mm", "bmm", "addmm"})
+_DYNAMIC = frozenset({"dynamic_linear", "dynamic_lstm"})
+_INTEGERS = _DYNAMIC | {"packed_weight", "quantized_tensor"}
 _INTRICATE = frozenset({"einsum", "bilinear", "lstm", "gru", "rnn", "multi_head_attention"})
 
 
 def total_cost(program: Program) -> Cost:
-    """Parameters (shared ones once), MACs at the example's sizes, and bytes of parameters and buffers."""
+    """Parameters (shared ones once), MACs at the example's sizes, and bytes of parameters and buffers.
+
+    Parameters that are held as integers count, each of them; of codebooks the centroids do.
+    """
     module = program.module
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return Cost(
-        params=sum(parameter.numel() for parameter in module.parameters()),
+        params=sum(parameter.numel() for parameter in module.parameters()) + _held_as_integers(program),
         macs=sum(program.analysis(macs_by_node).values()),
         bytes=sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()),
     )
 
 
+def _held_as_integers(program: Program) -> int:
+    """How many numbers of the model are held as integers."""
+    found: dict[int, int] = {}
+    for node in program.nodes:
+        if program.op(node) in _INTEGERS:
+            module = cast("Any", program.module_of(node))
+            found.update({id(module.get_buffer(name)): count for name, count in module.held.items()})
+    return sum(found.values())
+
+
 def macs_by_node(program: Program) -> Mapping[str, int]:
     """MACs of each node that multiplies and accumulates (convolution, linear, matmul, attention), by node name.
 
-    From the shapes, at the sizes of the example inputs. A program with operators whose products are hidden (recurrent
-    layers, einsum, unknown functions) is counted by torch's flop counter instead, two flops a MAC.
+    From the shapes, at the sizes of the example inputs. A program with operators whose products are hidden (einsum,
+    unknown functions) is counted by torch's flop counter instead, two flops a MAC.
     """
     calls = [(node, program.call(node)) for node in program.graph.nodes]
-    if any(call.op in _INTRICATE or call.op.startswith("unknown:") for _, call in calls):
-        return _counted(program)
     known = program.analysis(shapes)
+    counted: Mapping[str, int] = {}
+    if any(
+        (call.op in _INTRICATE and not _is_ours_to_count(call)) or call.op.startswith("unknown:") for _, call in calls
+    ):
+        # torch does not know our own operators, and sees no products inside of recurrent layers
+        counted, calls = _counted(program), [(node, call) for node, call in calls if _is_ours_to_count(call)]
     found = {node.name: _macs(node, call, known) for node, call in calls}
-    return {name: macs for name, macs in found.items() if macs}
+    return {**counted, **{name: macs for name, macs in found.items() if macs}}
+
+
+def _is_ours_to_count(call: Call) -> bool:
+    return call.op in _DYNAMIC or isinstance(call.module, nn.RNNBase)
 
 
 def _macs(node: fx.Node, call: Call, known: Mapping[str, Any]) -> int:
@@ -57,6 +80,12 @@ def _macs(node: fx.Node, call: Call, known: Mapping[str, Any]) -> int:
         return _numel(known[node.name]) * math.prod(shape[1:])
     if call.op in _TRANSPOSED:
         return _numel(_spec(call.arguments["input"], known)) * math.prod(_weight_shape(call, known)[1:])
+    if isinstance(call.module, nn.RNNBase):
+        steps = math.prod(_spec(call.arguments["input"], known).shape[:-1])
+        return steps * sum(weight.numel() for weight in call.module.parameters() if weight.dim() > 1)
+    if call.op in _DYNAMIC:
+        rows = math.prod(_spec(call.arguments["input"], known).shape[:-1])
+        return int(cast("Any", call.module).macs(rows))
     if call.op in _PRODUCTS:
         return _numel(known[node.name]) * _spec(call.arguments["input"], known).shape[-1]
     if call.op == "scaled_dot_product_attention":

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from fnmatch import fnmatch
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.errors import InputError
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["Layers", "find_layers"]
 
 _RECURRENT = frozenset({"lstm", "gru", "rnn"})
+_NO_KERNEL = "has no integer kernel"
+_SEQUENCES = 3  # axes: batch, places and numbers
 
 
 class Layers(NamedTuple):
@@ -32,14 +35,28 @@ class Layers(NamedTuple):
     weights: list[list[fx.Node]]
     left: list[Skip]
 
+    @property
+    def names(self) -> list[list[str]]:
+        """Of the nodes in `weights`."""
+        return [[node.name for node in layers] for layers in self.weights]
 
-def find_layers(program: Program, kernels: Collection[str], ignore: Sequence[str]) -> Layers:
+
+def find_layers(
+    program: Program,
+    kernels: Collection[str],
+    ignore: Sequence[str],
+    *,
+    others: str = _NO_KERNEL,
+    pads_zeros_only: bool = True,
+) -> Layers:
     """The layers to quantize, by the weight that they read, and those that are left alone.
 
     Args:
         program: the program.
         kernels: operators for which there are integer kernels.
         ignore: patterns of layer paths.
+        others: what is said of layers of other kinds, behind the operator's name.
+        pads_zeros_only: whether a kernel that pads with anything but zeros is missing.
 
     Raises:
         InputError: if there is none to quantize.
@@ -49,8 +66,15 @@ def find_layers(program: Program, kernels: Collection[str], ignore: Sequence[str
     seen: set[int] = set()
     for node in program.nodes:
         call = program.call(node)
-        if call.op in _RECURRENT and call.op not in kernels:
-            left.append(Skip(node.name, f"{call.op} has no integer kernel"))
+        if call.op in _RECURRENT:
+            layers = program.callers(node) or [node]
+            reason = (
+                _reason_to_leave_recurrent(program, layers, ignore) if call.op in kernels else f"{call.op} {others}"
+            )
+            if reason is not None:
+                left.append(Skip(node.name, reason))
+            elif layers[0] is node:
+                weights.append(layers)
         if call.op not in FUNCTIONS or (call.op == "embedding" and call.op not in kernels):
             continue
         if call.module is None:
@@ -59,7 +83,9 @@ def find_layers(program: Program, kernels: Collection[str], ignore: Sequence[str
             weight = weight_of(program, node)
             seen.add(id(weight))
             layers = readers_of(program, weight)
-            reason = _reason_to_leave(program, layers, kernels, ignore)
+            reason = _reason_to_leave(program, layers, kernels, ignore, others)
+            if reason is None and pads_zeros_only:
+                reason = _reason_of_padding(program, layers)
             if reason is None:
                 weights.append(layers)
             else:
@@ -71,21 +97,52 @@ def find_layers(program: Program, kernels: Collection[str], ignore: Sequence[str
 
 
 def _reason_to_leave(
-    program: Program, layers: Sequence[fx.Node], kernels: Collection[str], ignore: Sequence[str]
+    program: Program, layers: Sequence[fx.Node], kernels: Collection[str], ignore: Sequence[str], others: str
 ) -> str | None:
-    """Why layers that share a weight do not compute with integers; None if they do."""
+    """Why layers that share a weight do not hold it as integers; None if they do."""
     reason = reason_to_leave(program, layers, ignore)
     if reason is not None:
         return reason
-    known = program.analysis(shapes)
     for layer in layers:
-        op, module = program.op(layer), cast("Any", program.module_of(layer))
-        source = program.call(layer).arguments.get("input")
-        if op not in kernels:
-            return f"{op} has no integer kernel"
-        if getattr(module, "padding_mode", "zeros") != "zeros":
-            return f"there is no integer kernel that pads with padding_mode={module.padding_mode!r}"
-        spec = known.get(source.name) if isinstance(source, fx.Node) else None
-        if not isinstance(spec, TensorSpec) or spec.dtype is not torch.float32:
+        if program.op(layer) not in kernels:
+            return f"{program.op(layer)} {others}"
+        if _input_of(program, layer).dtype is not torch.float32:
             return "it does not compute in float32"
     return None
+
+
+def _reason_of_padding(program: Program, layers: Sequence[fx.Node]) -> str | None:
+    """Why there is no integer kernel for the padding of a layer; None if there is."""
+    modes = [getattr(program.module_of(layer), "padding_mode", "zeros") for layer in layers]
+    odd = next((mode for mode in modes if mode != "zeros"), None)
+    return None if odd is None else f"there is no integer kernel that pads with padding_mode={odd!r}"
+
+
+def _reason_to_leave_recurrent(program: Program, layers: Sequence[fx.Node], ignore: Sequence[str]) -> str | None:
+    """Why the calls of a recurrent layer do not compute with integers; None if they do."""
+    path, layer = str(layers[0].target), program.module_of(layers[0])
+    if not isinstance(layer, nn.RNNBase):
+        return f"its weights come from arguments of {layers[0].name}"
+    if any(fnmatch(path, pattern) for pattern in ignore):
+        return "ignored"
+    if layer.proj_size:
+        return f"{program.op(layers[0])} with a projection has no integer kernel"
+    if layer.training and layer.dropout:
+        return "it draws random zeros between its layers"
+    if any(_input_of(program, call).dtype is not torch.float32 for call in layers):
+        return "it does not compute in float32"
+    if any(len(_input_of(program, call).shape) != _SEQUENCES for call in layers):
+        return "its input has no batch axis"
+    for tensor in layer.parameters():
+        outside = next((reader for reader in readers_of(program, tensor) if reader not in layers), None)
+        if outside is not None:
+            return f"a weight of it is read by {outside.name} too"
+        if not bool(tensor.isfinite().all()):
+            return "its weight is not finite"
+    return None
+
+
+def _input_of(program: Program, layer: fx.Node) -> TensorSpec:
+    """What a layer reads."""
+    source = cast("fx.Node", program.call(layer).arguments["input"])
+    return cast("TensorSpec", program.analysis(shapes)[source.name])

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from fxopt.compare import compare
 from fxopt.errors import InputError
+from fxopt.passes_base import Skip
 from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["LayerLoss", "Weights", "enough_left_out", "layer_losses"]
+__all__ = ["LayerLoss", "Weights", "layer_losses", "leave_out"]
 
 Weights = Sequence[Sequence[str]]
 """For each weight, the names of the nodes that call the layers which read it."""
@@ -66,18 +67,29 @@ def layer_losses(program: Program, weights: Weights, quantized: Quantized) -> li
     return sorted(found, key=lambda item: item.sqnr_db)
 
 
-def enough_left_out(program: Program, weights: Weights, quantized: Quantized, floor: float) -> list[LayerLoss]:
-    """As few layers, of the worst, as have to stay in floating point for the rest to reach a ratio; maybe none.
+def leave_out(program: Program, weights: list[list[str]], quantized: Quantized, floor: float) -> list[Skip]:
+    """Takes as few layers, of the worst, out of those to quantize as it takes for the rest to reach a ratio.
 
     Args:
         program: in floating point, with calibration data.
-        weights: the layers.
+        weights: the layers; those that are left out are taken away.
         quantized: how they are quantized.
         floor: signal to quantization noise ratio of the outputs, in decibel.
 
+    Returns:
+        Why each is left out.
+
     Raises:
-        InputError: if none could be quantized.
+        InputError: if none could be quantized, or there are no calibration data.
     """
+    left = _worst(program, weights, quantized, floor)
+    for item in left:
+        weights.remove(list(item.layers))
+    why = "left in floating point for min_sqnr_db: it alone would leave"
+    return [Skip(item.layers[0], f"{why} {item.sqnr_db:.1f} dB") for item in left]
+
+
+def _worst(program: Program, weights: Weights, quantized: Quantized, floor: float) -> list[LayerLoss]:
     batches = _samples(program)
     expected = _outputs(program, batches)
     if _sqnr(expected, _outputs(quantized(program, weights), batches)) >= floor:

@@ -29,7 +29,7 @@ from fxopt.integer_scheme import INT32
 from fxopt.passes_base import Rewrite, Skip, listed
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
 from fxopt.quantizers.layers import find_layers
-from fxopt.quantizers.sensitivity import LayerLoss, Weights, enough_left_out, layer_losses
+from fxopt.quantizers.sensitivity import LayerLoss, Weights, layer_losses, leave_out
 from fxopt.quantizers.weights import WeightRounding
 from fxopt.rounding import Rounding
 
@@ -78,10 +78,7 @@ class StaticQuantizer:
         scaled, decisions = self._scaled(program, weights)
         yield from decisions
         if self.min_sqnr_db is not None:
-            for item in enough_left_out(scaled, weights, self._quantized, self.min_sqnr_db):
-                why = f"left in floating point for min_sqnr_db: it alone would leave {item.sqnr_db:.1f} dB"
-                yield Skip(item.layers[0], why)
-                weights.remove(list(item.layers))
+            yield from leave_out(scaled, weights, self._quantized, self.min_sqnr_db)
         yield from self._decisions(scaled, weights)
 
     def losses(self, program: Program) -> list[LayerLoss]:
@@ -96,8 +93,8 @@ class StaticQuantizer:
     def _weights(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         if program.calibration is None:
             raise InputError("quantize takes ranges from data: pass calibration=, an iterable of batches")
-        weights, left = find_layers(program, KERNELS, self.ignore)
-        return [[layer.name for layer in layers] for layers in weights], left
+        found = find_layers(program, KERNELS, self.ignore)
+        return found.names, found.left
 
     def _scaled(self, program: Program, weights: Weights) -> tuple[Program, list[Rewrite]]:
         """The program with its channels scaled, and the decisions that make it so."""

@@ -1,0 +1,150 @@
+"""Dynamic quantization: the integers of activations are found as the program runs. It takes no data.
+
+    x about s (q - z)        8 bits, one range for a tensor, from what it holds at each call
+    W about s_o q            8 bits, one scale for each output
+
+Linear layers and LSTMs, whose kernels gain more than looking for a range costs. Convolutions gain nothing: measured on
+ONNX Runtime, 8 times the time of static quantization.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxopt import edit
+from fxopt.analysis.originals import keep_original, original_of
+from fxopt.dynamic_linear import DynamicLinear
+from fxopt.dynamic_lstm import DynamicLSTM, LSTMLayer, in_onnx_order
+from fxopt.errors import InputError
+from fxopt.integer_limits import IntegerLimits
+from fxopt.passes_base import Rewrite, Skip
+from fxopt.quantizers.layers import Layers, find_layers
+from fxopt.quantizers.sensitivity import LayerLoss, Weights, layer_losses, leave_out
+from fxopt.quantizers.weights import WeightRounding
+from fxopt.rounding import Rounding, rounded
+
+if TYPE_CHECKING:
+    from fxopt.program import Program
+
+__all__ = ["DynamicQuantizer"]
+
+_KERNELS = frozenset({"linear", "lstm"})
+_OTHERS = "has no fast integer kernel for ranges that are found as it runs"
+
+
+@dataclass(frozen=True)
+class DynamicQuantizer:
+    """Plans and applies dynamic quantization.
+
+    Attributes:
+        round: how weights of linear layers are rounded; it takes calibration data to round by anything but the nearest.
+        per_channel: whether each output of a layer has a scale of its own.
+        bias_correction: whether the bias takes up what rounding a weight loses on average.
+        min_sqnr_db: ratio of signal to noise of the outputs that is reached by leaving the worst layers as they are.
+        ignore: patterns of layer paths that are left alone.
+    """
+
+    round: Rounding
+    per_channel: bool
+    bias_correction: bool
+    min_sqnr_db: float | None
+    ignore: tuple[str, ...]
+
+    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
+        """One decision per weight of a linear layer, and one per LSTM.
+
+        Raises:
+            InputError: if no layer can be quantized, or the target does not multiply what the operators give.
+        """
+        if program.scheme.activations.low < 0:
+            raise InputError(
+                f"quantize(mode='dynamic') makes unsigned integers of what layers read, and "
+                f"{program.target.device} multiplies signed ones: use mode='static' or mode='weight_only'"
+            )
+        found = self._layers(program)
+        yield from found.left
+        weights = found.names
+        if self.min_sqnr_db is not None:
+            yield from leave_out(program, weights, self._quantized, self.min_sqnr_db)
+        yield from self._decisions(program, weights)
+
+    def losses(self, program: Program) -> list[LayerLoss]:
+        """What each layer costs when it alone is quantized, the worst first.
+
+        Raises:
+            InputError: as `plan`, or if there are no calibration data.
+        """
+        return layer_losses(program, self._layers(program).names, self._quantized)
+
+    def _decisions(self, program: Program, weights: Weights) -> Iterator[Rewrite]:
+        for names in weights:
+            paths = ", ".join(sorted({str(program.node(name).target) for name in names}))
+            yield Rewrite(names[0], f"8-bit weights of {paths}, ranges as it runs", {"layers": list(names)})
+
+    def _quantized(self, program: Program, weights: Weights) -> Program:
+        """A copy in which layers with some weights are quantized."""
+        found = program.copy()
+        for decision in self._decisions(program, weights):
+            self.apply(found, decision)
+        return found
+
+    def apply(self, program: Program, rewrite: Rewrite) -> None:
+        """Quantizes the layers of one weight, or one LSTM; what a weight becomes is no part of the plan."""
+        original = original_of(program)
+        layers = [program.node(name) for name in rewrite.params["layers"]]
+        if program.op(layers[0]) == "lstm":
+            layer = cast("nn.LSTM", program.module_of(layers[0]))
+            edit.set_module(program, layers[0], self._lstm(layer, program.scheme.weight_bits))
+        else:
+            self._quantize(program, original, layers)
+        keep_original(program, original)
+
+    def _quantize(self, program: Program, original: Program, layers: Sequence[fx.Node]) -> None:
+        every = [names for names in self._layers(original).names if original.op(original.node(names[0])) == "linear"]
+        rounding = WeightRounding(
+            8, self.round, self.per_channel, pairs=program.scheme.adds_pairs, absorbed=self.bias_correction
+        )
+        found = rounding.of(original, [item.name for item in layers], every)
+        codes = found.codes.t().contiguous()
+        for layer in layers:
+            module = cast("Any", program.module_of(layer))
+            if isinstance(module, DynamicLinear):
+                continue  # called before
+            bias = module.bias
+            if len(layers) == 1 and bool(found.offset.any()):
+                whole = found.offset if bias is None else bias.detach().double() + found.offset
+                bias = nn.Parameter(whole.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
+            edit.set_module(program, layer, DynamicLinear(codes, found.scale, bias))
+
+    def _lstm(self, layer: nn.LSTM, bits: int) -> DynamicLSTM:
+        layers = []
+        for index in range(layer.num_layers):
+            names = [f"l{index}{suffix}" for suffix in ("", "_reverse")[: 1 + layer.bidirectional]]
+            read, recurrent = (
+                self._gates([getattr(layer, f"weight_{kind}_{name}") for name in names], bits) for kind in ("ih", "hh")
+            )
+            bias = torch.zeros_like(read[1])
+            if layer.bias:
+                both = [getattr(layer, f"bias_ih_{name}") + getattr(layer, f"bias_hh_{name}") for name in names]
+                bias = nn.Parameter(torch.stack([in_onnx_order(item.detach()) for item in both]))
+            layers.append(LSTMLayer(*read, *recurrent, bias))
+        return DynamicLSTM(layers, batch_first=layer.batch_first)
+
+    def _gates(self, weights: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
+        """The integers of a weight for each direction, [directions, inputs, 4 n], and their scales."""
+        codes, scales = [], []
+        for weight in weights:
+            # [groups, inputs, outputs], as for a linear layer
+            matrix = in_onnx_order(weight.detach()).double().t().unsqueeze(0)
+            found = rounded(matrix, IntegerLimits(2 ** (bits - 1) - 1), None, per_channel=self.per_channel)
+            codes.append(found.codes[0].to(torch.int8))
+            scales.append(found.scale[0, 0].float())
+        return torch.stack(codes), torch.stack(scales)
+
+    def _layers(self, program: Program) -> Layers:
+        return find_layers(program, _KERNELS, self.ignore, others=_OTHERS)
