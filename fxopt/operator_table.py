@@ -123,6 +123,8 @@ OPERATORS: tuple[Operator, ...] = (
     _op("bilinear", "input1 input2 weight bias", functions=(F.bilinear,), aten="bilinear", modules=(nn.Bilinear,)),
     _op("codebook_weight", "", modules=("fxopt.codebook.CodebookWeight",)),
     _op("quantized_tensor", "", modules=("fxopt.quantization.QuantizedTensor",)),
+    _op("fake_quantize", "input", modules=("fxopt.fake_quantization.FakeQuantize",)),
+    _op("fake_quantized_weight", "", modules=("fxopt.fake_quantization.FakeQuantizedWeight",)),
     _op("quantize", _AFFINE, functions=("quantized_decomposed.quantize_per_tensor.default",)),
     _op("dequantize", _AFFINE, functions=("quantized_decomposed.dequantize_per_tensor.default",)),
     _op(

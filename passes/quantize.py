@@ -2,6 +2,7 @@
 
     mode           activations                          weights
     static         8 bits, ranges from data             8 bits (4 bits: the same kernels, fewer values)
+    qat            8 bits, ranges trained from there    8 or 4 bits, simulated: to be trained, then frozen
 
 Each mode is described in its file of `fxopt/quantizers/`. Weights are rounded so that the least is lost, whereupon the
 bias takes up what is lost on average.
@@ -14,7 +15,7 @@ Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
@@ -22,10 +23,15 @@ from fxopt.analysis.value_spreads import Observer
 from fxopt.options import check_choice, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
+from fxopt.quantizers.aware import AwareQuantizer
 from fxopt.quantizers.static import StaticQuantizer
 from fxopt.rounding import Rounding
 
 __all__ = ["Quantize"]
+
+Mode = Literal["static", "qat"]
+
+_QUANTIZERS: Mapping[Mode, type[StaticQuantizer]] = {"static": StaticQuantizer, "qat": AwareQuantizer}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +39,7 @@ class Quantize(Pass):
     """Quantizes a program for integer kernels.
 
     Attributes:
-        mode: "static".
+        mode: "static"; or "qat", whose program trains and goes to `freeze_quantization`.
         weight_bits: of a weight, 8 or 4.
         observer: how ranges of activations are chosen: "minmax", "percentile", "mse" or "entropy"; "auto" is "mse".
         round: how weights are rounded: "nearest", or "gptq", which lets weights make up for each other; "auto" is
@@ -45,9 +51,9 @@ class Quantize(Pass):
     name: ClassVar[str] = "quantize"
     requires: ClassVar[frozenset[str]] = frozenset({"batch_norm_folded"})
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "mixed_precision", "quantized"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "fake_quantized", "mixed_precision", "quantized"})
 
-    mode: Literal["static"] = "static"
+    mode: Mode = "static"
     weight_bits: Literal[8, 4] = 8
     observer: Observer | Literal["auto"] = "auto"
     round: Rounding | Literal["auto"] = "auto"
@@ -55,13 +61,15 @@ class Quantize(Pass):
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_choice("mode", self.mode, ("static",))
+        check_choice("mode", self.mode, get_args(Mode))
         check_choice("weight_bits", self.weight_bits, (8, 4))
         check_choice("observer", self.observer, ("auto", *get_args(Observer)))
         check_choice("round", self.round, ("auto", *get_args(Rounding)))
         if type(self.per_channel) is not bool:
             raise ValueError(f"per_channel must be True or False, not {self.per_channel!r}")
         check_patterns("ignore", self.ignore)
+        if self.mode == "qat":
+            object.__setattr__(self, "provides", frozenset({"fake_quantized"}))
 
     def plan(self, program: Program) -> Iterable[Rewrite | Skip]:
         """One decision per value to quantize, then one per weight.
@@ -75,7 +83,7 @@ class Quantize(Pass):
         self._quantizer().apply(program, rewrite)
 
     def _quantizer(self) -> StaticQuantizer:
-        return StaticQuantizer(
+        return _QUANTIZERS[self.mode](
             observer="mse" if self.observer == "auto" else self.observer,
             round="gptq" if self.round == "auto" else self.round,
             weight_bits=self.weight_bits,
