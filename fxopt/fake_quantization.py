@@ -123,11 +123,10 @@ class _Round(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
         (grad,) = grads
         scaled, codes, step = ctx.saved_tensors
-        inside = (scaled >= ctx.low) & (scaled <= ctx.high)
-        passed = grad * inside
+        passed = torch.ops.aten.hardtanh_backward(grad, scaled, ctx.low, ctx.high)
         found = None
         if ctx.needs_input_grad[1]:
-            found = ((grad * codes).sub_(passed * scaled)).sum_to_size(step.shape) * ctx.share
+            found = (grad * codes).addcmul_(passed, scaled, value=-1).sum_to_size(step.shape) * ctx.share
         return passed, found, None, None, None
 
 

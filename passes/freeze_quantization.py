@@ -76,20 +76,27 @@ def _freeze_weight(program: Program, node: fx.Node, held: QuantizedTensor) -> No
     """Holds a weight as integers, and the bias of a linear layer that alone reads it."""
     # the biases sit at the path that the integers go to
     biases = {item: program.tensor_of(item) for item in program.nodes if _inside(item, node)}
+    integers = _bias_of(program, node, held)
     edit.set_module(program, node, held)
     for item, tensor in biases.items():
-        new = edit.insert_tensor(program, item, cast("torch.Tensor", tensor), name=str(item.target))
+        name = str(item.target)
+        if integers is not None:
+            new = edit.insert_before(program, item, integers, (), name=name)
+        else:
+            new = edit.insert_tensor(program, item, cast("torch.Tensor", tensor), name=name)
         edit.bypass(program, item, new)
+
+
+def _bias_of(program: Program, node: fx.Node, held: QuantizedTensor) -> QuantizedTensor | None:
+    """The bias beside a linear layer's weight as integers; None where it stays as it is."""
     (layer, *others) = node.users
     call = program.call(layer)
     bias, source = call.arguments.get("bias"), _read(program, layer)
-    if call.op != "linear" or others or not isinstance(bias, fx.Node) or source is None:
-        return
-    tensor = cast("torch.Tensor", program.tensor_of(bias)).detach().double()
-    integers = integer_bias(tensor, held.scale, source)
-    if integers is not None:
-        new = edit.insert_before(program, layer, integers, (), name=f"{node.target}.bias")
-        edit.set_operand(program, [layer], bias, new)
+    if call.op != "linear" or others or source is None:
+        return None
+    if not isinstance(bias, fx.Node) or not _inside(bias, node) or len(bias.users) != 1:
+        return None
+    return integer_bias(cast("torch.Tensor", program.tensor_of(bias)).detach().double(), held.scale, source)
 
 
 def _inside(item: fx.Node, node: fx.Node) -> bool:
