@@ -15,7 +15,7 @@ from benchmarks.quantize.trained import TRAINED
 from benchmarks.results import Table, save, verdict_data, verdict_lines
 from fxopt.passes import Quantize
 
-__all__ = ["RATE", "aware", "verdicts"]
+__all__ = ["RATE", "run", "verdicts"]
 
 RATE = 0.01
 RECOVERED = 0.5
@@ -28,7 +28,7 @@ NEAREST, GPTQ, TRAINING, ENGINE = "after training, nearest", "after training, gp
 Result = dict[str, Any]
 
 
-def aware(arguments: argparse.Namespace) -> bool:
+def run(arguments: argparse.Namespace) -> bool:
     """Quantizes, trains, freezes, runs.
 
     Returns:
