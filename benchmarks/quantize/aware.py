@@ -17,7 +17,7 @@ from fxopt.passes import Quantize
 
 __all__ = ["RATE", "run", "verdicts"]
 
-RATE = 0.01
+RATE = 0.005
 RECOVERED = 0.5
 """Of what rounding after training loses, the better of two: what training has to win back."""
 APART = 0.001
