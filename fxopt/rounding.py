@@ -1,6 +1,6 @@
 """Weights as integers: which scale, and which way each weight is rounded.
 
-    W = s q + error,   |q| <= limit,   one s for each output, or for each block of the places of an output
+    W = s q + error,   one s for each output, or for each block of the places of an output
 
 A scale is the one, of some that cut off its largest weights, whose rounding loses the least. "nearest"
 rounds each weight by itself. "gptq" rounds one place of the patch after another, and lets those that are left make up
@@ -9,7 +9,8 @@ Cholesky factor of the inverse of the patches' covariance,
 
     e = (w_i - s q_i) / U_ii,     w_j -= e U_ij  for j > i.
 
-What is lost on average is no business of the weights: the bias takes it up (arXiv:1906.04721).
+A weight that is zero stays so. What is lost on average is no business of the weights: the bias takes it up
+(arXiv:1906.04721).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from fxopt.analysis.layer_moments import Moments
 from fxopt.analysis.removal_errors import ridge
+from fxopt.integer_limits import IntegerLimits
 
 __all__ = ["Rounded", "Rounding", "rounded"]
 
@@ -47,7 +49,7 @@ class Rounded(NamedTuple):
 
 def rounded(
     weight: Tensor,
-    limit: int,
+    limits: IntegerLimits,
     patches: Moments | None,
     *,
     how: Rounding = "nearest",
@@ -58,26 +60,28 @@ def rounded(
 
     Args:
         weight: [groups, D, outputs / groups], float64, as `PatchLayer` gives it.
-        limit: the largest integer, and minus the smallest.
+        limits: which integers it may hold.
         patches: moments of what it is multiplied by; None counts all places alike, and rounds to the nearest.
         how: "gptq" takes the moments.
         per_channel: whether each output has a scale of its own.
         block: how many places share a scale; None: all. The last block may be shorter.
     """
     counts = None if patches is None else patches.covariance.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    scale = _scales(weight, limit, counts, per_channel=per_channel, block=block)
+    scale = _scales(weight, limits, counts, per_channel=per_channel, block=block)
     places = scale.repeat_interleave(block or weight.shape[1], 1)[:, : weight.shape[1]]
     if how == "nearest" or patches is None:
-        codes = (weight / places).round().clamp(-limit, limit)
+        codes = limits.fitted((weight / places).round())
     else:
-        codes = _gptq(weight, places, limit, torch.stack([ridge(part, patches.noise) for part in patches.covariance]))
+        codes = _gptq(weight, places, limits, torch.stack([ridge(part, patches.noise) for part in patches.covariance]))
     offset = weight.new_zeros(weight.shape[0] * weight.shape[2])
     if patches is not None:
         offset = (patches.mean.unsqueeze(1) @ (weight - codes * places)).reshape(-1)
     return Rounded(codes, scale, offset)
 
 
-def _scales(weight: Tensor, limit: int, counts: Tensor | None, *, per_channel: bool, block: int | None) -> Tensor:
+def _scales(
+    weight: Tensor, limits: IntegerLimits, counts: Tensor | None, *, per_channel: bool, block: int | None
+) -> Tensor:
     """The scales, as float32 holds them, [groups, blocks, outputs / groups]."""
     length = weight.shape[1]
     missing = -length % (block or length)
@@ -91,20 +95,20 @@ def _scales(weight: Tensor, limit: int, counts: Tensor | None, *, per_channel: b
         """The same number for all outputs, where these share a scale."""
         return values if per_channel else join(values, (0, 2), keepdim=True).expand_as(values)
 
-    most = together(in_blocks(weight.abs()).amax(2), torch.amax)
+    most = together(in_blocks(limits.reach(weight)).amax(2), torch.amax)
     best = torch.full_like(most, torch.inf)
     found = torch.ones_like(most)
     for share in _SHRINKS:
-        scale = torch.where(most > 0, most * share / limit, 1.0).float().clamp(min=1e-30).double()
+        scale = torch.where(most > 0, most * share / limits.largest, 1.0).float().clamp(min=1e-30).double()
         places = scale.repeat_interleave(block or length, 1)[:, :length]
-        lost = ((weight / places).round().clamp(-limit, limit) * places - weight).square()
+        lost = (limits.fitted((weight / places).round()) * places - weight).square()
         error = together(in_blocks(lost if counts is None else lost * counts).sum(2), torch.sum)
         better = error < best
         best, found = torch.where(better, error, best), torch.where(better, scale, found)
     return found
 
 
-def _gptq(weight: Tensor, scale: Tensor, limit: int, covariance: Tensor) -> Tensor:
+def _gptq(weight: Tensor, scale: Tensor, limits: IntegerLimits, covariance: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
     upper = torch.linalg.cholesky(inverse, upper=True)
     left = weight.clone()
@@ -116,7 +120,8 @@ def _gptq(weight: Tensor, scale: Tensor, limit: int, covariance: Tensor) -> Tens
         block = left[:, start:end].clone()
         for place in range(end - start):
             row, at = block[:, place], start + place
-            code = (row / scale[:, at]).round().clamp(-limit, limit)
+            code = (row / scale[:, at]).round().clamp(*limits.bounds(at, codes))
+            code = torch.where(weight[:, at] == 0, 0.0, code)  # pruned
             codes[:, at] = code
             error = (row - code * scale[:, at]) / upper[:, at, at].unsqueeze(1)
             errors.append(error)

@@ -1,7 +1,8 @@
 """Rows of what a layer reads and of what it is to give, drawn from some batches: as many as sums over them are worth.
 
-The sums of a layer with patches of length D take rows times D² multiplications. Where all positions of all samples
-would take more than seconds, some of the positions of each batch are drawn.
+The sums of a layer with patches of length D take rows times D² multiplications, and to gather a patch takes as long as
+some dozens for each of its values. Where all positions of all samples would take too long, some of the positions of
+each batch are drawn.
 """
 
 from __future__ import annotations
@@ -15,9 +16,10 @@ from torch import Tensor
 
 from fxopt.analysis.patches import PatchLayer
 
-__all__ = ["Sample", "Seen", "samples", "wide"]
+__all__ = ["MULTIPLIES", "Sample", "Seen", "samples", "wide"]
 
-_MULTIPLIES = 2e11  # of a layer's sums: a few seconds
+MULTIPLIES = 2e11  # of a layer's sums: a few seconds
+_TO_GATHER = 64  # multiplications that gathering a value of a patch is worth
 _ROWS_PER_VALUE = 16  # rows that are used in any case, per value of a patch
 _CHUNK = 2**24  # numbers of patches that are held at a time
 
@@ -48,10 +50,18 @@ class Sample(NamedTuple):
     outputs: Tensor
 
 
-def samples(layer: PatchLayer, batches: Sequence[Seen]) -> Iterator[Sample]:
-    """The rows of all batches, or a part of them that is the same at every call."""
+def samples(layer: PatchLayer, batches: Sequence[Seen], multiplies: float = MULTIPLIES) -> Iterator[Sample]:
+    """The rows of all batches, or a part of them that is the same at every call.
+
+    Args:
+        layer: the layer.
+        batches: what it reads and gives.
+        multiplies: how much the sums over them may take.
+    """
     rows = sum(len(seen.value) * layer.positions(seen.target) for seen in batches)
-    wanted = max(_ROWS_PER_VALUE * layer.length, _MULTIPLIES / (layer.groups * layer.length**2))
+    wanted = max(
+        _ROWS_PER_VALUE * layer.length, multiplies / (layer.groups * layer.length * (layer.length + _TO_GATHER))
+    )
     share = min(1.0, wanted / max(rows, 1))
     generator = torch.Generator().manual_seed(0)
     for batch, (value, target) in enumerate(batches):

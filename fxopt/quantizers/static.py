@@ -46,7 +46,7 @@ class StaticQuantizer:
     Attributes:
         observer: how ranges of activations are chosen.
         round: how weights are rounded.
-        weight_bits: of a weight; the scheme of the backend may allow fewer.
+        weight_bits: of a weight.
         per_channel: whether each output of a layer has a scale of its own.
         ignore: patterns of layer paths that are left alone.
     """
@@ -80,15 +80,14 @@ class StaticQuantizer:
                 f"{affines[name].type.name} from {low:.4g} to {high:.4g}, for {listed(readers)}",
                 {"affine": affines[name].to_json(), "readers": list(readers), "same": same},
             )
-        bits = min(self.weight_bits, program.scheme.weight_bits)
         for layers in weights:
             source = cast("fx.Node", program.call(layers[0]).arguments["input"])
             read = {"input": affines[source.name].to_json()} if program.op(layers[0]) == "linear" else {}
             paths = ", ".join(sorted({str(layer.target) for layer in layers}))
             yield Rewrite(
                 layers[0].name,
-                f"{bits}-bit weights of {paths}",
-                {"layers": [layer.name for layer in layers], "bits": bits, **read},
+                f"{self.weight_bits}-bit weights of {paths}",
+                {"layers": [layer.name for layer in layers], "pairs": program.scheme.adds_pairs, **read},
             )
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
@@ -122,7 +121,7 @@ class StaticQuantizer:
         layers = [program.node(name) for name in params["layers"]]
         first, layer = layers[0], cast("Any", program.module_of(layers[0]))
         every = [[each.name for each in group] for group in find_layers(original, KERNELS, self.ignore).weights]
-        rounding = WeightRounding(params["bits"], self.round, self.per_channel)
+        rounding = WeightRounding(self.weight_bits, self.round, self.per_channel, pairs=params["pairs"])
         found = rounding.of(original, params["layers"], every)
         bias = None
         if len(layers) == 1:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxopt.analysis.layer_moments import Moments, layer_moments
 from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.patches import PatchLayer
+from fxopt.integer_limits import IntegerLimits
 from fxopt.masking import mask_of
 from fxopt.rounding import Rounded, Rounding, rounded
 from fxopt.substitution import LONGEST
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from fxopt.program import Program
 
 __all__ = ["WeightCodes", "WeightRounding"]
+
+_MULTIPLIES = 1e10  # of a layer's sums: rounding needs to know the covariance less well than a fit
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ class WeightRounding:
         how: to the nearest, or with an eye on what the layer reads.
         per_channel: whether each output has a scale of its own.
         block: how many weights in a row share a scale; None: all.
+        pairs: whether the processor adds up two products in 16 bits.
     """
 
     bits: int
     how: Rounding
     per_channel: bool = True
     block: int | None = None
+    pairs: bool = False
 
     def of(self, original: Program, layers: Sequence[str], all_layers: Sequence[Sequence[str]]) -> WeightCodes:
         """The weight that some layers of a program read.
@@ -74,7 +79,7 @@ class WeightRounding:
                 weight = layer.weight if mask is None else layer.weight * layer.as_matrix(mask)
                 found[names, self] = rounded(
                     weight,
-                    2 ** (self.bits - 1) - 1,
+                    IntegerLimits.of(layer, self.bits, pairs=self.pairs),
                     moments,
                     how=self.how,
                     per_channel=self.per_channel,
@@ -99,7 +104,7 @@ def _moments(
     if original.calibration is None:
         yield from ((tuple(names), None) for names in all_layers)
         return
-    for name, moments in layer_moments(original, alone, lambda layer: layer.length <= LONGEST):
+    for name, moments in layer_moments(original, alone, lambda layer: layer.length <= LONGEST, _MULTIPLIES):
         yield (name,), moments.patches
     yield from ((tuple(names), None) for names in all_layers if len(names) > 1)
 
