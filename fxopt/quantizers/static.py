@@ -82,7 +82,11 @@ class StaticQuantizer:
             )
         for layers in weights:
             source = cast("fx.Node", program.call(layers[0]).arguments["input"])
-            read = {"input": affines[source.name].to_json()} if program.op(layers[0]) == "linear" else {}
+            read = (
+                {"input": affines[source.name].to_json()}
+                if program.op(layers[0]) == "linear" and source.name in affines
+                else {}
+            )
             paths = ", ".join(sorted({str(layer.target) for layer in layers}))
             yield Rewrite(
                 layers[0].name,
@@ -126,7 +130,7 @@ class StaticQuantizer:
         bias = None
         if len(layers) == 1:
             whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
-            if program.op(first) == "linear":
+            if program.op(first) == "linear" and "input" in params:
                 # a linear layer that gives floating numbers has an integer kernel only with a bias of integers
                 bias = integer_bias(whole, found.scale, Affine.from_json(params["input"]))
             if bias is None and (layer.bias is not None or bool(found.offset.any())):
