@@ -85,6 +85,13 @@ class IntegerLimits:
         first = (torch.arange(len(self.partners)) < self.partners).reshape(1, -1, 1)
         return codes - codes.sign() * torch.where(first, (excess / 2).ceil(), (excess / 2).floor())
 
+    def bounds_among(self, place: int, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """The smallest and the largest integer at a place, given all others."""
+        partner = place if self.partners is None else int(self.partners[place])
+        if partner == place:
+            return codes.new_tensor(-self.largest), codes.new_tensor(self.largest)
+        return self._beside(codes[:, partner])
+
     def bounds(self, place: int, codes: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest integer at a place, given those of the places before.
 
@@ -95,7 +102,9 @@ class IntegerLimits:
         partner = place if self.partners is None else int(self.partners[place])
         if partner >= place:
             return codes.new_tensor(-self.largest), codes.new_tensor(self.largest)
-        other = codes[:, partner]
+        return self._beside(codes[:, partner])
+
+    def _beside(self, other: Tensor) -> tuple[Tensor, Tensor]:
         low = (-_PAIR - other.clamp(max=0)).clamp(min=-self.largest)
         return low, (_PAIR - other.clamp(min=0)).clamp(max=self.largest)
 

@@ -27,9 +27,11 @@ from fxopt.integer_limits import IntegerLimits
 
 __all__ = ["Rounded", "Rounding", "rounded"]
 
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "adaround", "gptq"]
 
 _SHRINKS = [1 - step / 50 for step in range(20)]  # of the range of an output's weights: down to 0.62
+_SWEEPS = 8  # of the descent
+_STILL = 1e-3  # share of integers that move in a sweep, at which it ends
 _BLOCK = 128  # places that are rounded before what they lost is passed on to those behind the block
 
 
@@ -62,17 +64,23 @@ def rounded(
         weight: [groups, D, outputs / groups], float64, as `PatchLayer` gives it.
         limits: which integers it may hold.
         patches: moments of what it is multiplied by; None counts all places alike, and rounds to the nearest.
-        how: "gptq" takes the moments.
+        how: "adaround" and "gptq" take the moments.
         per_channel: whether each output has a scale of its own.
         block: how many places share a scale; None: all. The last block may be shorter.
     """
     counts = None if patches is None else patches.covariance.diagonal(dim1=1, dim2=2).unsqueeze(2)
     scale = _scales(weight, limits, counts, per_channel=per_channel, block=block)
     places = scale.repeat_interleave(block or weight.shape[1], 1)[:, : weight.shape[1]]
-    if how == "nearest" or patches is None:
-        codes = limits.fitted((weight / places).round())
-    else:
-        codes = _gptq(weight, places, limits, torch.stack([ridge(part, patches.noise) for part in patches.covariance]))
+    nearest = limits.fitted((weight / places).round())
+    codes = nearest
+    if how != "nearest" and patches is not None:
+        covariance = torch.stack([ridge(part, patches.noise) for part in patches.covariance])
+        if how == "gptq":
+            codes = _descended(
+                weight, places, limits, covariance, _gptq(weight, places, limits, covariance), reach=None
+            )
+        else:
+            codes = _descended(weight, places, limits, covariance, nearest, within_a_step=True)
     offset = weight.new_zeros(weight.shape[0] * weight.shape[2])
     if patches is not None:
         offset = (patches.mean.unsqueeze(1) @ (weight - codes * places)).reshape(-1)
@@ -121,10 +129,51 @@ def _gptq(weight: Tensor, scale: Tensor, limits: IntegerLimits, covariance: Tens
         for place in range(end - start):
             row, at = block[:, place], start + place
             code = (row / scale[:, at]).round().clamp(*limits.bounds(at, codes))
-            code = torch.where(weight[:, at] == 0, 0.0, code)  # pruned
+            code = code.masked_fill(weight[:, at] == 0, 0.0)  # pruned
             codes[:, at] = code
             error = (row - code * scale[:, at]) / upper[:, at, at].unsqueeze(1)
             errors.append(error)
             block[:, place + 1 :] -= upper[:, at, at + 1 : end].unsqueeze(2) * error.unsqueeze(1)
         left[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ torch.stack(errors, 1)
+    return codes
+
+
+def _descended(
+    weight: Tensor, scale: Tensor, limits: IntegerLimits, covariance: Tensor, codes: Tensor, *, within_a_step: bool
+) -> Tensor:
+    """Integers from which no change of a single one makes the outputs better, or those after some sweeps.
+
+    Args:
+        weight: [groups, D, outputs / groups].
+        scale: the same shape.
+        limits: which integers it may hold.
+        covariance: [groups, D, D].
+        codes: to begin with.
+        within_a_step: whether integers must be those next to the weight.
+    """
+    codes = codes.clone()
+    slope = covariance @ (codes * scale - weight)
+    lowest, highest = (weight / scale).floor(), (weight / scale).ceil()
+    kept = weight == 0  # pruned
+    length = weight.shape[1]
+    steepness = covariance.diagonal(dim1=1, dim2=2).unsqueeze(2) * scale
+    for _ in range(_SWEEPS):
+        before = codes.clone()
+        for start in range(0, length, _BLOCK):
+            end = min(start + _BLOCK, length)
+            steps = []
+            inner, near = covariance[:, start:end, start:end], slope[:, start:end].clone()
+            for place in range(end - start):
+                at = start + place
+                best = (codes[:, at] - near[:, place] / steepness[:, at]).round()
+                if within_a_step:
+                    best = best.clamp(lowest[:, at], highest[:, at])
+                best = best.clamp(*limits.bounds_among(at, codes)).masked_fill(kept[:, at], 0.0)
+                step = (best - codes[:, at]) * scale[:, at]
+                codes[:, at] = best
+                steps.append(step)
+                near[:, place + 1 :] += inner[:, place + 1 :, place].unsqueeze(2) * step.unsqueeze(1)
+            slope += covariance[:, :, start:end] @ torch.stack(steps, 1)
+        if float((codes != before).double().mean()) <= _STILL:
+            break
     return codes

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fxopt.analysis.liveness import unused_after, windows
 from fxopt.analysis.patches import PatchLayer
-from fxopt.analysis.samples import MULTIPLIES, Seen, samples
+from fxopt.analysis.samples import Seen, samples
 from fxopt.errors import InputError
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored
@@ -62,7 +62,8 @@ def layer_moments(
     program: Program,
     layers: Sequence[str],
     with_patches: Callable[[PatchLayer], bool],
-    multiplies: float = MULTIPLIES,
+    *,
+    few: bool = False,
 ) -> Iterator[tuple[str, LayerMoments]]:
     """The moments of each layer in turn, from as many batches as fit in memory, the first ones.
 
@@ -70,7 +71,7 @@ def layer_moments(
         program: with calibration data.
         layers: names of nodes that call convolutions or linear layers, in the order in which they run.
         with_patches: for which of them the patches are looked at.
-        multiplies: how much the sums of a layer may take: see `fxopt/analysis/samples.py`.
+        few: whether some rows are enough: see `fxopt/analysis/samples.py`.
 
     Raises:
         InputError: if there are no calibration data, they do not fit the model, or values are not finite on them.
@@ -89,7 +90,7 @@ def layer_moments(
             layer = PatchLayer(cast("nn.Module", program.module_of(program.node(name))))
             patches, outputs = [_Sums() for _ in range(2)], [_Sums() for _ in range(2)]
             wanted = with_patches(layer)
-            for half, rows, given in samples(layer, seen, multiplies):
+            for half, rows, given in samples(layer, seen, few=few):
                 if wanted:
                     patches[half].add(rows)
                 outputs[half].add(given)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 __all__ = ["WeightCodes", "WeightRounding"]
 
-_MULTIPLIES = 1e10  # of a layer's sums: rounding needs to know the covariance less well than a fit
-
 
 @dataclass(frozen=True)
 class WeightCodes:
@@ -104,7 +102,7 @@ def _moments(
     if original.calibration is None:
         yield from ((tuple(names), None) for names in all_layers)
         return
-    for name, moments in layer_moments(original, alone, lambda layer: layer.length <= LONGEST, _MULTIPLIES):
+    for name, moments in layer_moments(original, alone, lambda layer: layer.length <= LONGEST, few=True):
         yield (name,), moments.patches
     yield from ((tuple(names), None) for names in all_layers if len(names) > 1)
 
