@@ -10,7 +10,8 @@ bias takes up what is lost on average.
 Fold BatchNorms before. Refused, with the reason: layers without an integer kernel, that are ignored, whose weight comes
 from elsewhere, or that do not compute in float32; and a program in which no layer is left.
 
-Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what works).
+Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what works), arXiv:1902.08153 (learned
+steps).
 """
 
 from __future__ import annotations
