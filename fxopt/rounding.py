@@ -57,6 +57,7 @@ def rounded(
     how: Rounding = "nearest",
     per_channel: bool = True,
     block: int | None = None,
+    absorbed: bool = True,
 ) -> Rounded:
     """The integers that stand for a weight.
 
@@ -67,7 +68,12 @@ def rounded(
         how: "adaround" and "gptq" take the moments.
         per_channel: whether each output has a scale of its own.
         block: how many places share a scale; None: all. The last block may be shorter.
+        absorbed: whether the bias takes up what is lost on average; else the weights answer for it.
     """
+    if patches is not None and not absorbed:
+        mean = patches.mean
+        second = patches.covariance + mean.unsqueeze(2) * mean.unsqueeze(1)
+        patches = Moments(torch.zeros_like(mean), second, patches.noise)
     counts = None if patches is None else patches.covariance.diagonal(dim1=1, dim2=2).unsqueeze(2)
     scale = _scales(weight, limits, counts, per_channel=per_channel, block=block)
     places = scale.repeat_interleave(block or weight.shape[1], 1)[:, : weight.shape[1]]
@@ -77,7 +83,7 @@ def rounded(
         covariance = torch.stack([ridge(part, patches.noise) for part in patches.covariance])
         if how == "gptq":
             codes = _descended(
-                weight, places, limits, covariance, _gptq(weight, places, limits, covariance), reach=None
+                weight, places, limits, covariance, _gptq(weight, places, limits, covariance), within_a_step=False
             )
         else:
             codes = _descended(weight, places, limits, covariance, nearest, within_a_step=True)

@@ -63,7 +63,7 @@ class AwareQuantizer(StaticQuantizer):
         layers = [program.node(name) for name in params["layers"]]
         layer = cast("Any", program.module_of(layers[0]))
         every = [[each.name for each in group] for group in find_layers(original, KERNELS, self.ignore).weights]
-        rounding = WeightRounding(self._bits(program), self.round, self.per_channel)
+        rounding = WeightRounding(self._bits(program), self.round, self.per_channel, absorbed=self.bias_correction)
         found = rounding.of(original, params["layers"], every)
         if len(layers) == 1 and (layer.bias is not None or bool(found.offset.any())):
             whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset

@@ -51,6 +51,7 @@ class WeightRounding:
         per_channel: whether each output has a scale of its own.
         block: how many weights in a row share a scale; None: all.
         pairs: whether the processor adds up two products in 16 bits.
+        absorbed: whether the bias takes up what is lost on average.
     """
 
     bits: int
@@ -58,6 +59,7 @@ class WeightRounding:
     per_channel: bool = True
     block: int | None = None
     pairs: bool = False
+    absorbed: bool = True
 
     def of(self, original: Program, layers: Sequence[str], all_layers: Sequence[Sequence[str]]) -> WeightCodes:
         """The weight that some layers of a program read.
@@ -82,6 +84,7 @@ class WeightRounding:
                     how=self.how,
                     per_channel=self.per_channel,
                     block=self.block,
+                    absorbed=self.absorbed,
                 )
             known = found
             keep(original, _roundings, cast("Mapping[Any, Rounded]", found))
