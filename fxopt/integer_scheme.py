@@ -40,20 +40,26 @@ class Scheme(NamedTuple):
     Attributes:
         activations: what layers read and give; affine if unsigned, symmetric if signed.
         weights: symmetric.
-        weight_bits: of a weight: fewer than `weights` has where sums of products would not fit.
+        adds_pairs: whether sums of two products are kept in 16 bits, which not all weights fit: see
+            `fxopt/integer_limits.py`.
     """
 
     activations: IntegerType
     weights: IntegerType
-    weight_bits: int
+    adds_pairs: bool
+
+    @property
+    def weight_bits(self) -> int:
+        """Of weights that fit, whatever they are."""
+        return 7 if self.adds_pairs else 8
 
     @classmethod
     def of(cls, target: Target) -> Scheme:
         """What suits the kernels that most engines have for a target.
 
-        On a CPU an unsigned activation times a signed weight. Without VNNI (AVX2) two products are added up in 16 bits,
-        which 255 * 127 * 2 does not fit into: weights then have 7 bits. On a GPU both are signed.
+        On a CPU an unsigned activation times a signed weight; without VNNI (AVX2) two products are added up in 16 bits.
+        On a GPU both are signed.
         """
         if target.device != "cpu":
-            return cls(INT8, INT8, 8)
-        return cls(UINT8, INT8, 8 if target.adds_products_in_32_bits else 7)
+            return cls(INT8, INT8, adds_pairs=False)
+        return cls(UINT8, INT8, adds_pairs=not target.adds_products_in_32_bits)

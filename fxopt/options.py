@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-__all__ = ["check_choice", "check_count", "check_patterns", "check_share"]
+__all__ = ["check_choice", "check_count", "check_flag", "check_patterns", "check_share"]
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -26,6 +26,16 @@ def check_count(name: str, value: object, *, least: int = 1) -> None:
     """
     if type(value) is not int or value < least:
         raise ValueError(f"{name} must be an integer of at least {least}, not {value!r}")
+
+
+def check_flag(name: str, value: object) -> None:
+    """Takes True or False.
+
+    Raises:
+        ValueError: if it is neither.
+    """
+    if type(value) is not bool:
+        raise ValueError(f"{name} must be True or False, not {value!r}")
 
 
 def check_share(name: str, value: object) -> None:

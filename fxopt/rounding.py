@@ -1,6 +1,6 @@
 """Weights as integers: which scale, and which way each weight is rounded.
 
-    W = s q + error,   |q| <= limit,   one s for each output, or for each block of the places of an output
+    W = s q + error,   one s for each output, or for each block of the places of an output
 
 A scale is the one, of some that cut off its largest weights, whose rounding loses the least. "nearest"
 rounds each weight by itself. "gptq" rounds one place of the patch after another, and lets those that are left make up
@@ -9,7 +9,8 @@ Cholesky factor of the inverse of the patches' covariance,
 
     e = (w_i - s q_i) / U_ii,     w_j -= e U_ij  for j > i.
 
-What is lost on average is no business of the weights: the bias takes it up (arXiv:1906.04721).
+A weight that is zero stays so. What is lost on average is no business of the weights: the bias takes it up
+(arXiv:1906.04721).
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ from torch import Tensor
 
 from fxopt.analysis.layer_moments import Moments
 from fxopt.analysis.removal_errors import ridge
+from fxopt.integer_limits import IntegerLimits
 
 __all__ = ["Rounded", "Rounding", "rounded"]
 
-Rounding = Literal["nearest", "gptq"]
+Rounding = Literal["nearest", "adaround", "gptq"]
 
 _SHRINKS = [1 - step / 50 for step in range(20)]  # of the range of an output's weights: down to 0.62
+_SWEEPS = 8  # of the descent
+_STILL = 1e-3  # share of integers that move in a sweep, at which it ends
 _BLOCK = 128  # places that are rounded before what they lost is passed on to those behind the block
 
 
@@ -47,37 +51,51 @@ class Rounded(NamedTuple):
 
 def rounded(
     weight: Tensor,
-    limit: int,
+    limits: IntegerLimits,
     patches: Moments | None,
     *,
     how: Rounding = "nearest",
     per_channel: bool = True,
     block: int | None = None,
+    absorbed: bool = True,
 ) -> Rounded:
     """The integers that stand for a weight.
 
     Args:
         weight: [groups, D, outputs / groups], float64, as `PatchLayer` gives it.
-        limit: the largest integer, and minus the smallest.
+        limits: which integers it may hold.
         patches: moments of what it is multiplied by; None counts all places alike, and rounds to the nearest.
-        how: "gptq" takes the moments.
+        how: "adaround" and "gptq" take the moments.
         per_channel: whether each output has a scale of its own.
         block: how many places share a scale; None: all. The last block may be shorter.
+        absorbed: whether the bias takes up what is lost on average; else the weights answer for it.
     """
+    if patches is not None and not absorbed:
+        mean = patches.mean
+        second = patches.covariance + mean.unsqueeze(2) * mean.unsqueeze(1)
+        patches = Moments(torch.zeros_like(mean), second, patches.noise)
     counts = None if patches is None else patches.covariance.diagonal(dim1=1, dim2=2).unsqueeze(2)
-    scale = _scales(weight, limit, counts, per_channel=per_channel, block=block)
+    scale = _scales(weight, limits, counts, per_channel=per_channel, block=block)
     places = scale.repeat_interleave(block or weight.shape[1], 1)[:, : weight.shape[1]]
-    if how == "nearest" or patches is None:
-        codes = (weight / places).round().clamp(-limit, limit)
-    else:
-        codes = _gptq(weight, places, limit, torch.stack([ridge(part, patches.noise) for part in patches.covariance]))
+    nearest = limits.fitted((weight / places).round())
+    codes = nearest
+    if how != "nearest" and patches is not None:
+        covariance = torch.stack([ridge(part, patches.noise) for part in patches.covariance])
+        if how == "gptq":
+            codes = _descended(
+                weight, places, limits, covariance, _gptq(weight, places, limits, covariance), within_a_step=False
+            )
+        else:
+            codes = _descended(weight, places, limits, covariance, nearest, within_a_step=True)
     offset = weight.new_zeros(weight.shape[0] * weight.shape[2])
     if patches is not None:
         offset = (patches.mean.unsqueeze(1) @ (weight - codes * places)).reshape(-1)
     return Rounded(codes, scale, offset)
 
 
-def _scales(weight: Tensor, limit: int, counts: Tensor | None, *, per_channel: bool, block: int | None) -> Tensor:
+def _scales(
+    weight: Tensor, limits: IntegerLimits, counts: Tensor | None, *, per_channel: bool, block: int | None
+) -> Tensor:
     """The scales, as float32 holds them, [groups, blocks, outputs / groups]."""
     length = weight.shape[1]
     missing = -length % (block or length)
@@ -91,20 +109,20 @@ def _scales(weight: Tensor, limit: int, counts: Tensor | None, *, per_channel: b
         """The same number for all outputs, where these share a scale."""
         return values if per_channel else join(values, (0, 2), keepdim=True).expand_as(values)
 
-    most = together(in_blocks(weight.abs()).amax(2), torch.amax)
+    most = together(in_blocks(limits.reach(weight)).amax(2), torch.amax)
     best = torch.full_like(most, torch.inf)
     found = torch.ones_like(most)
     for share in _SHRINKS:
-        scale = torch.where(most > 0, most * share / limit, 1.0).float().clamp(min=1e-30).double()
+        scale = torch.where(most > 0, most * share / limits.largest, 1.0).float().clamp(min=1e-30).double()
         places = scale.repeat_interleave(block or length, 1)[:, :length]
-        lost = ((weight / places).round().clamp(-limit, limit) * places - weight).square()
+        lost = (limits.fitted((weight / places).round()) * places - weight).square()
         error = together(in_blocks(lost if counts is None else lost * counts).sum(2), torch.sum)
         better = error < best
         best, found = torch.where(better, error, best), torch.where(better, scale, found)
     return found
 
 
-def _gptq(weight: Tensor, scale: Tensor, limit: int, covariance: Tensor) -> Tensor:
+def _gptq(weight: Tensor, scale: Tensor, limits: IntegerLimits, covariance: Tensor) -> Tensor:
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(covariance))
     upper = torch.linalg.cholesky(inverse, upper=True)
     left = weight.clone()
@@ -116,10 +134,52 @@ def _gptq(weight: Tensor, scale: Tensor, limit: int, covariance: Tensor) -> Tens
         block = left[:, start:end].clone()
         for place in range(end - start):
             row, at = block[:, place], start + place
-            code = (row / scale[:, at]).round().clamp(-limit, limit)
+            code = (row / scale[:, at]).round().clamp(*limits.bounds(at, codes))
+            code = code.masked_fill(weight[:, at] == 0, 0.0)  # pruned
             codes[:, at] = code
             error = (row - code * scale[:, at]) / upper[:, at, at].unsqueeze(1)
             errors.append(error)
             block[:, place + 1 :] -= upper[:, at, at + 1 : end].unsqueeze(2) * error.unsqueeze(1)
         left[:, end:] -= upper[:, start:end, end:].transpose(1, 2) @ torch.stack(errors, 1)
+    return codes
+
+
+def _descended(
+    weight: Tensor, scale: Tensor, limits: IntegerLimits, covariance: Tensor, codes: Tensor, *, within_a_step: bool
+) -> Tensor:
+    """Integers from which no change of a single one makes the outputs better, or those after some sweeps.
+
+    Args:
+        weight: [groups, D, outputs / groups].
+        scale: the same shape.
+        limits: which integers it may hold.
+        covariance: [groups, D, D].
+        codes: to begin with.
+        within_a_step: whether integers must be those next to the weight.
+    """
+    codes = codes.clone()
+    slope = covariance @ (codes * scale - weight)
+    lowest, highest = (weight / scale).floor(), (weight / scale).ceil()
+    kept = weight == 0  # pruned
+    length = weight.shape[1]
+    steepness = covariance.diagonal(dim1=1, dim2=2).unsqueeze(2) * scale
+    for _ in range(_SWEEPS):
+        before = codes.clone()
+        for start in range(0, length, _BLOCK):
+            end = min(start + _BLOCK, length)
+            steps = []
+            inner, near = covariance[:, start:end, start:end], slope[:, start:end].clone()
+            for place in range(end - start):
+                at = start + place
+                best = (codes[:, at] - near[:, place] / steepness[:, at]).round()
+                if within_a_step:
+                    best = best.clamp(lowest[:, at], highest[:, at])
+                best = best.clamp(*limits.bounds_among(at, codes)).masked_fill(kept[:, at], 0.0)
+                step = (best - codes[:, at]) * scale[:, at]
+                codes[:, at] = best
+                steps.append(step)
+                near[:, place + 1 :] += inner[:, place + 1 :, place].unsqueeze(2) * step.unsqueeze(1)
+            slope += covariance[:, :, start:end] @ torch.stack(steps, 1)
+        if float((codes != before).double().mean()) <= _STILL:
+            break
     return codes

@@ -10,7 +10,8 @@ bias takes up what is lost on average.
 Fold BatchNorms before. Refused, with the reason: layers without an integer kernel, that are ignored, whose weight comes
 from elsewhere, or that do not compute in float32; and a program in which no layer is left.
 
-Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what works).
+Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what works), arXiv:1902.08153 (learned
+steps).
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from fxopt.analysis.value_spreads import Observer
-from fxopt.options import check_choice, check_patterns
+from fxopt.options import check_choice, check_flag, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
 from fxopt.quantizers.aware import AwareQuantizer
-from fxopt.quantizers.static import StaticQuantizer
+from fxopt.quantizers.static import Equalize, StaticQuantizer
 from fxopt.rounding import Rounding
 
 __all__ = ["Quantize"]
@@ -42,9 +43,11 @@ class Quantize(Pass):
         mode: "static"; or "qat", whose program trains and goes to `freeze_quantization`.
         weight_bits: of a weight, 8 or 4.
         observer: how ranges of activations are chosen: "minmax", "percentile", "mse" or "entropy"; "auto" is "mse".
-        round: how weights are rounded: "nearest", or "gptq", which lets weights make up for each other; "auto" is
-            "gptq".
+        round: how weights are rounded: "nearest"; "adaround", up or down as is best for what the layer gives; or
+            "gptq", which lets weights make up for each other by more than a step; "auto" is "gptq".
         per_channel: whether each output of a layer has a scale of its own.
+        equalize: "auto" scales channels between layers where less is lost then, by calibration data; "off" does not.
+        bias_correction: whether the bias takes up what rounding a weight loses on average.
         ignore: patterns of layer paths, "head.*", that go on computing in floating point.
     """
 
@@ -58,6 +61,8 @@ class Quantize(Pass):
     observer: Observer | Literal["auto"] = "auto"
     round: Rounding | Literal["auto"] = "auto"
     per_channel: bool = True
+    equalize: Equalize = "auto"
+    bias_correction: bool = True
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -65,8 +70,9 @@ class Quantize(Pass):
         check_choice("weight_bits", self.weight_bits, (8, 4))
         check_choice("observer", self.observer, ("auto", *get_args(Observer)))
         check_choice("round", self.round, ("auto", *get_args(Rounding)))
-        if type(self.per_channel) is not bool:
-            raise ValueError(f"per_channel must be True or False, not {self.per_channel!r}")
+        check_choice("equalize", self.equalize, get_args(Equalize))
+        check_flag("per_channel", self.per_channel)
+        check_flag("bias_correction", self.bias_correction)
         check_patterns("ignore", self.ignore)
         if self.mode == "qat":
             object.__setattr__(self, "provides", frozenset({"fake_quantized"}))
@@ -89,4 +95,6 @@ class Quantize(Pass):
             weight_bits=self.weight_bits,
             per_channel=self.per_channel,
             ignore=self.ignore,
+            equalize=self.equalize,
+            bias_correction=self.bias_correction,
         )

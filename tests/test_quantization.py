@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from fxopt.analysis.layer_moments import Moments
 from fxopt.analysis.value_spreads import Observer, Spread, affine_of
 from fxopt.errors import InputError
+from fxopt.integer_limits import IntegerLimits
 from fxopt.integer_scheme import INT8, UINT8, IntegerType
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
 from fxopt.rounding import rounded
@@ -105,7 +106,7 @@ def test_gptq_loses_less_than_the_nearest_and_the_bias_takes_up_the_mean(groups:
     weight = torch.randn(groups, 150, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     errors = []
     for how in ("nearest", "gptq"):
-        found = rounded(weight, 7, seen, how=how)  # type: ignore[arg-type]
+        found = rounded(weight, IntegerLimits(7), seen, how=how)  # type: ignore[arg-type]
         assert float(found.codes.abs().max()) <= 7
         assert torch.equal(found.codes, found.codes.round())
         lost = rows @ (weight - found.codes * found.scale) - found.offset.reshape(groups, 1, -1)
@@ -120,12 +121,12 @@ def test_weights_of_so_many_values_lose_nothing() -> None:
     codes = torch.randint(-7, 8, (1, 20, 3), generator=torch.Generator().manual_seed(0)).double()
     codes[:, 0] = 7
     for how in ("nearest", "gptq"):
-        found = rounded(codes * scale, 7, seen, how=how)  # type: ignore[arg-type]
+        found = rounded(codes * scale, IntegerLimits(7), seen, how=how)  # type: ignore[arg-type]
         assert torch.equal(found.codes, codes)
         assert torch.allclose(found.codes * found.scale, codes * scale)
 
 
 def test_a_weight_of_zeros() -> None:
-    found = rounded(torch.zeros(1, 9, 2, dtype=torch.float64), 127, None)
+    found = rounded(torch.zeros(1, 9, 2, dtype=torch.float64), IntegerLimits(127), None)
     assert not bool(found.codes.any())
     assert bool(found.scale.isfinite().all())

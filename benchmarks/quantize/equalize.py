@@ -43,12 +43,7 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     PLAIN: {"observer": "minmax", "round": "nearest", "per_channel": False, "equalize": "off"},
     "min-max, per channel": {"observer": "minmax", "round": "nearest", "equalize": "off"},
     "fxopt, equalize='off'": {"equalize": "off"},
-    "min-max, per tensor, equalize='on'": {
-        "observer": "minmax",
-        "round": "nearest",
-        "per_channel": False,
-        "equalize": "on",
-    },
+    "min-max, per tensor, equalize='auto'": {"observer": "minmax", "round": "nearest", "per_channel": False},
     OURS: {"equalize": "auto"},
 }
 

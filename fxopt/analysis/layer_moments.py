@@ -59,7 +59,11 @@ class LayerMoments:
 
 
 def layer_moments(
-    program: Program, layers: Sequence[str], with_patches: Callable[[PatchLayer], bool]
+    program: Program,
+    layers: Sequence[str],
+    with_patches: Callable[[PatchLayer], bool],
+    *,
+    few: bool = False,
 ) -> Iterator[tuple[str, LayerMoments]]:
     """The moments of each layer in turn, from as many batches as fit in memory, the first ones.
 
@@ -67,6 +71,7 @@ def layer_moments(
         program: with calibration data.
         layers: names of nodes that call convolutions or linear layers, in the order in which they run.
         with_patches: for which of them the patches are looked at.
+        few: whether some rows are enough: see `fxopt/analysis/samples.py`.
 
     Raises:
         InputError: if there are no calibration data, they do not fit the model, or values are not finite on them.
@@ -85,7 +90,7 @@ def layer_moments(
             layer = PatchLayer(cast("nn.Module", program.module_of(program.node(name))))
             patches, outputs = [_Sums() for _ in range(2)], [_Sums() for _ in range(2)]
             wanted = with_patches(layer)
-            for half, rows, given in samples(layer, seen):
+            for half, rows, given in samples(layer, seen, few=few):
                 if wanted:
                     patches[half].add(rows)
                 outputs[half].add(given)

@@ -29,6 +29,7 @@ class PatchLayer:
     Attributes:
         groups: of the convolution; 1 for a linear layer.
         length: of a patch, D.
+        window: places of the kernel, 1 for a linear layer; a patch holds as many values of each channel.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -36,6 +37,12 @@ class PatchLayer:
         self._layer = cast("Any", layer)
         self.groups = 1 if self._is_linear else int(self._layer.groups)
         self.length = int(self._layer.weight[0].numel())
+        self.window = 1 if self._is_linear else math.prod(self._layer.kernel_size)
+
+    @property
+    def is_depthwise(self) -> bool:
+        """Whether each channel is convolved by itself, and gives one."""
+        return not self._is_linear and self.groups == self._layer.in_channels == self._layer.out_channels
 
     @property
     def weight(self) -> Tensor:
@@ -86,6 +93,11 @@ class PatchLayer:
         layer = self._layer
         dims = len(layer.kernel_size)
         padded = self._padded(value)
+        if self.window == 1:
+            # several times as fast as what follows
+            strided: tuple[Any, ...] = (..., *(slice(None, None, stride) for stride in layer.stride))
+            rows = padded[strided].flatten(2).transpose(1, 2)[:, picks]
+            return self._grouped(rows.reshape(-1, rows.shape[-1]))
         found: list[Tensor] = []
         for axis, corner in enumerate(torch.unravel_index(picks, output.shape[2:])):
             steps = torch.arange(layer.kernel_size[axis], device=picks.device) * layer.dilation[axis]

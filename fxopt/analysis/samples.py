@@ -1,7 +1,8 @@
 """Rows of what a layer reads and of what it is to give, drawn from some batches: as many as sums over them are worth.
 
 The sums of a layer with patches of length D take rows times D² multiplications. Where all positions of all samples
-would take more than seconds, some of the positions of each batch are drawn.
+would take more than seconds, some of the positions of each batch are drawn. A caller that is content with less gets
+what a fraction of a second gives, in which gathering the patches counts too.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from fxopt.analysis.patches import PatchLayer
 __all__ = ["Sample", "Seen", "samples", "wide"]
 
 _MULTIPLIES = 2e11  # of a layer's sums: a few seconds
+_FEW_MULTIPLIES = 1e10
+_TO_GATHER = 512  # multiplications that take as long as gathering a value of a patch
 _ROWS_PER_VALUE = 16  # rows that are used in any case, per value of a patch
 _CHUNK = 2**24  # numbers of patches that are held at a time
 
@@ -48,10 +51,21 @@ class Sample(NamedTuple):
     outputs: Tensor
 
 
-def samples(layer: PatchLayer, batches: Sequence[Seen]) -> Iterator[Sample]:
-    """The rows of all batches, or a part of them that is the same at every call."""
+def samples(layer: PatchLayer, batches: Sequence[Seen], *, few: bool = False) -> Iterator[Sample]:
+    """The rows of all batches, or a part of them that is the same at every call.
+
+    Args:
+        layer: the layer.
+        batches: what it reads and gives.
+        few: whether some are enough.
+    """
     rows = sum(len(seen.value) * layer.positions(seen.target) for seen in batches)
-    wanted = max(_ROWS_PER_VALUE * layer.length, _MULTIPLIES / (layer.groups * layer.length**2))
+    values = layer.groups * layer.length
+    if few:
+        affordable = _FEW_MULTIPLIES / (values * (layer.length + _TO_GATHER))
+    else:
+        affordable = _MULTIPLIES / (values * layer.length)
+    wanted = max(_ROWS_PER_VALUE * layer.length, affordable)
     share = min(1.0, wanted / max(rows, 1))
     generator = torch.Generator().manual_seed(0)
     for batch, (value, target) in enumerate(batches):

@@ -9,13 +9,14 @@ Training begins where static quantization ends: with its ranges, its scales and 
 the old ones that are rounded as it rounds them.
 
 All layers have `weight_bits`, the first and the last too: training makes up for them (`python -m benchmarks quantize
---part aware`). Values have 8 bits.
+--part aware`). Where a processor adds up two products in 16 bits, 8 bits are 7: static quantization can tell whether
+two neighbours fit, but in training they change. Values have 8 bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx, nn
@@ -24,6 +25,7 @@ from fxopt import edit
 from fxopt.fake_quantization import FakeQuantize, FakeQuantizedWeight
 from fxopt.held_weight import call_with
 from fxopt.masking import mask_of
+from fxopt.passes_base import Rewrite, Skip
 from fxopt.quantization import Affine
 from fxopt.quantizers.layers import find_layers
 from fxopt.quantizers.static import KERNELS, StaticQuantizer
@@ -41,6 +43,10 @@ _WITHIN = 0.49  # of a step, on either side: what rounds to the integer for cert
 class AwareQuantizer(StaticQuantizer):
     """Plans static quantization and simulates it."""
 
+    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
+        """As static quantization; with weights that fit whatever their neighbours become in training."""
+        yield from StaticQuantizer.plan(replace(self, weight_bits=self._bits(program)), program)
+
     def quantize_value(self, program: Program, node: fx.Node, params: Mapping[str, Any]) -> None:
         """Has some readers of a value read it rounded; a value in the layout of another has its step."""
         readers = self.readers_of(program, node, params)
@@ -57,13 +63,17 @@ class AwareQuantizer(StaticQuantizer):
         layers = [program.node(name) for name in params["layers"]]
         layer = cast("Any", program.module_of(layers[0]))
         every = [[each.name for each in group] for group in find_layers(original, KERNELS, self.ignore).weights]
-        found = WeightRounding(params["bits"], self.round, self.per_channel).of(original, params["layers"], every)
+        rounding = WeightRounding(self._bits(program), self.round, self.per_channel, absorbed=self.bias_correction)
+        found = rounding.of(original, params["layers"], every)
         if len(layers) == 1 and (layer.bias is not None or bool(found.offset.any())):
             whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
             edit.set_tensor(program, layers[0], "bias", whole.to(layer.weight.dtype))
         weight = nn.Parameter(_rounds_to(layer.weight.detach(), found), requires_grad=layer.weight.requires_grad)
         scale = (found.scale if self.per_channel else found.scale[:1]).to(weight.device)
-        call_with(program, layers, FakeQuantizedWeight(weight, scale, params["bits"], mask_of(layer)))
+        call_with(program, layers, FakeQuantizedWeight(weight, scale, rounding.bits, mask_of(layer)))
+
+    def _bits(self, program: Program) -> int:
+        return min(self.weight_bits, program.scheme.weight_bits)
 
 
 def _rounded(program: Program, node: fx.Node) -> fx.Node | None:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor, fx
@@ -22,6 +22,7 @@ from fxopt import edit
 from fxopt.analysis.integer_regions import integer_regions
 from fxopt.analysis.originals import keep_original, original_of
 from fxopt.analysis.value_spreads import Observer, affine_of, value_spreads
+from fxopt.equalization import Equalization, equalizations, scale_channels
 from fxopt.errors import InputError, PassError
 from fxopt.held_weight import call_with
 from fxopt.integer_scheme import INT32
@@ -34,7 +35,9 @@ from fxopt.rounding import Rounding
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["KERNELS", "StaticQuantizer", "integer_bias"]
+__all__ = ["KERNELS", "Equalize", "StaticQuantizer", "integer_bias"]
+
+Equalize = Literal["auto", "off"]
 
 KERNELS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
@@ -46,9 +49,11 @@ class StaticQuantizer:
     Attributes:
         observer: how ranges of activations are chosen.
         round: how weights are rounded.
-        weight_bits: of a weight; the scheme of the backend may allow fewer.
+        weight_bits: of a weight.
         per_channel: whether each output of a layer has a scale of its own.
         ignore: patterns of layer paths that are left alone.
+        equalize: "auto" scales channels where less is lost then, "off" nowhere.
+        bias_correction: whether the bias takes up what rounding a weight loses on average.
     """
 
     observer: Observer
@@ -56,9 +61,11 @@ class StaticQuantizer:
     weight_bits: int
     per_channel: bool
     ignore: tuple[str, ...]
+    equalize: Equalize
+    bias_correction: bool
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
-        """One decision per value to quantize, then one per weight.
+        """One decision for channels to scale, then one per value to quantize, then one per weight.
 
         Raises:
             InputError: if there are no calibration data, or no layer can be quantized.
@@ -67,7 +74,14 @@ class StaticQuantizer:
             raise InputError("quantize takes ranges from data: pass calibration=, an iterable of batches")
         weights, left = find_layers(program, KERNELS, self.ignore)
         yield from left
-        regions = integer_regions(program, [layer.name for layers in weights for layer in layers])
+        names = [layer.name for layers in weights for layer in layers]
+        if self.equalize == "auto":
+            scaled = program.copy()
+            for found in equalizations(program, names, per_channel=self.per_channel):
+                yield _decision(found)
+                scale_channels(scaled, found.channels.giver, found.channels.readers, found.factors)
+            program = scaled if scaled.edits != program.edits else program
+        regions = integer_regions(program, names)
         spreads = value_spreads(program, [name for name in regions.readers if name not in regions.same])
         affines: dict[str, Affine] = {}
         for name, readers in regions.readers.items():
@@ -80,19 +94,26 @@ class StaticQuantizer:
                 f"{affines[name].type.name} from {low:.4g} to {high:.4g}, for {listed(readers)}",
                 {"affine": affines[name].to_json(), "readers": list(readers), "same": same},
             )
-        bits = min(self.weight_bits, program.scheme.weight_bits)
         for layers in weights:
             source = cast("fx.Node", program.call(layers[0]).arguments["input"])
-            read = {"input": affines[source.name].to_json()} if program.op(layers[0]) == "linear" else {}
+            read = (
+                {"input": affines[source.name].to_json()}
+                if program.op(layers[0]) == "linear" and source.name in affines
+                else {}
+            )
             paths = ", ".join(sorted({str(layer.target) for layer in layers}))
             yield Rewrite(
                 layers[0].name,
-                f"{bits}-bit weights of {paths}",
-                {"layers": [layer.name for layer in layers], "bits": bits, **read},
+                f"{self.weight_bits}-bit weights of {paths}",
+                {"layers": [layer.name for layer in layers], "pairs": program.scheme.adds_pairs, **read},
             )
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
-        """Quantizes one value or one weight; what a weight becomes is no part of the plan."""
+        """Scales channels, or quantizes one value or one weight; what a weight becomes is no part of the plan."""
+        if "factors" in rewrite.params:
+            factors = torch.tensor(rewrite.params["factors"], dtype=torch.float64)
+            scale_channels(program, rewrite.node, rewrite.params["readers"], factors)
+            return
         original = original_of(program)
         if "affine" in rewrite.params:
             self.quantize_value(program, program.node(rewrite.node), rewrite.params)
@@ -122,17 +143,28 @@ class StaticQuantizer:
         layers = [program.node(name) for name in params["layers"]]
         first, layer = layers[0], cast("Any", program.module_of(layers[0]))
         every = [[each.name for each in group] for group in find_layers(original, KERNELS, self.ignore).weights]
-        rounding = WeightRounding(params["bits"], self.round, self.per_channel)
+        rounding = WeightRounding(
+            self.weight_bits, self.round, self.per_channel, pairs=params["pairs"], absorbed=self.bias_correction
+        )
         found = rounding.of(original, params["layers"], every)
         bias = None
         if len(layers) == 1:
             whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
-            if program.op(first) == "linear":
+            if program.op(first) == "linear" and "input" in params:
                 # a linear layer that gives floating numbers has an integer kernel only with a bias of integers
                 bias = integer_bias(whole, found.scale, Affine.from_json(params["input"]))
             if bias is None and (layer.bias is not None or bool(found.offset.any())):
                 edit.set_tensor(program, first, "bias", whole.to(layer.weight.dtype))
         call_with(program, layers, QuantizedTensor(found.codes, found.scale), bias)
+
+
+def _decision(found: Equalization) -> Rewrite:
+    giver, _, readers = found.channels
+    return Rewrite(
+        giver,
+        f"{len(found.factors)} channels scaled, for {listed(readers)}: {1 - found.noise:.0%} less noise is expected",
+        {"factors": found.factors.tolist(), "readers": list(readers)},
+    )
 
 
 def integer_bias(bias: Tensor, scale: Tensor, source: Affine) -> QuantizedTensor | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxopt.analysis.layer_moments import Moments, layer_moments
 from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.patches import PatchLayer
+from fxopt.integer_limits import IntegerLimits
 from fxopt.masking import mask_of
 from fxopt.rounding import Rounded, Rounding, rounded
 from fxopt.substitution import LONGEST
@@ -49,12 +50,16 @@ class WeightRounding:
         how: to the nearest, or with an eye on what the layer reads.
         per_channel: whether each output has a scale of its own.
         block: how many weights in a row share a scale; None: all.
+        pairs: whether the processor adds up two products in 16 bits.
+        absorbed: whether the bias takes up what is lost on average.
     """
 
     bits: int
     how: Rounding
     per_channel: bool = True
     block: int | None = None
+    pairs: bool = False
+    absorbed: bool = True
 
     def of(self, original: Program, layers: Sequence[str], all_layers: Sequence[Sequence[str]]) -> WeightCodes:
         """The weight that some layers of a program read.
@@ -74,11 +79,12 @@ class WeightRounding:
                 weight = layer.weight if mask is None else layer.weight * layer.as_matrix(mask)
                 found[names, self] = rounded(
                     weight,
-                    2 ** (self.bits - 1) - 1,
+                    IntegerLimits.of(layer, self.bits, pairs=self.pairs),
                     moments,
                     how=self.how,
                     per_channel=self.per_channel,
                     block=self.block,
+                    absorbed=self.absorbed,
                 )
             known = found
             keep(original, _roundings, cast("Mapping[Any, Rounded]", found))
@@ -99,7 +105,7 @@ def _moments(
     if original.calibration is None:
         yield from ((tuple(names), None) for names in all_layers)
         return
-    for name, moments in layer_moments(original, alone, lambda layer: layer.length <= LONGEST):
+    for name, moments in layer_moments(original, alone, lambda layer: layer.length <= LONGEST, few=True):
         yield (name,), moments.patches
     yield from ((tuple(names), None) for names in all_layers if len(names) > 1)
 

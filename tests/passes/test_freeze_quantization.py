@@ -70,8 +70,8 @@ def trained(batches: list[tuple[Tensor, Tensor]]) -> nn.Module:
 def test_a_program_that_was_not_trained_becomes_what_static_quantization_makes(
     batches: list[tuple[Tensor, Tensor]],
 ) -> None:
-    static = quantized(network(), batches, Quantize())
-    frozen = quantized(network(), batches, Quantize(mode="qat"), "freeze_quantization")
+    static = quantized(network(), batches, Quantize(weight_bits=4))
+    frozen = quantized(network(), batches, Quantize(mode="qat", weight_bits=4), "freeze_quantization")
     assert {"quantized", "batch_norm_folded"} <= frozen.properties
     assert sorted(frozen.op(node) for node in frozen.nodes) == sorted(static.op(node) for node in static.nodes)
     state, expected = frozen.module.state_dict(), static.module.state_dict()
