@@ -8,9 +8,10 @@ parameters. Batch normalisation is folded, that is, frozen. `freeze_quantization
 Training begins where static quantization ends: with its ranges, its scales and its biases, and with the weights next to
 the old ones that are rounded as it rounds them.
 
-All layers have `weight_bits`, the first and the last too: of 91.3 % a MobileNet with four bits keeps 91.2 after an epoch,
-so nothing speaks for exceptions (`python -m benchmarks quantize --part aware`). Where a processor adds up two products in 16 bits, 8 bits are 7: static quantization can tell whether
-two neighbours fit, but in training they change. Values have 8 bits.
+All layers have `weight_bits`, the first and the last too: with four bits a MobileNet keeps 91.2 of 91.3 % after an
+epoch, so nothing speaks for exceptions (`python -m benchmarks quantize --part aware`). Where a processor adds up two products
+in 16 bits, 8 bits are 7: static quantization can tell whether two neighbours fit, but in training they change. Values
+have 8 bits.
 """
 
 from __future__ import annotations
