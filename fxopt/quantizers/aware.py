@@ -9,9 +9,9 @@ Training begins where static quantization ends: with its ranges, its scales and 
 the old ones that are rounded as it rounds them.
 
 All layers have `weight_bits`, the first and the last too: with four bits a MobileNet keeps 91.2 of 91.3 % after an
-epoch, so nothing speaks for exceptions (`python -m benchmarks quantize --part aware`). Where a processor adds up two products
-in 16 bits, 8 bits are 7: static quantization can tell whether two neighbours fit, but in training they change. Values
-have 8 bits.
+epoch, so nothing speaks for exceptions (`python -m benchmarks quantize --part aware`). Where a processor adds up two
+products in 16 bits, 8 bits are 7: static quantization can tell whether two neighbours fit, but in training they change.
+Values have 8 bits.
 """
 
 from __future__ import annotations
