@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
-__all__ = ["check_choice", "check_count", "check_flag", "check_patterns", "check_share"]
+__all__ = ["check_choice", "check_count", "check_flag", "check_number", "check_patterns", "check_share"]
 
 
 def check_choice(name: str, value: object, allowed: Iterable[object]) -> None:
@@ -36,6 +37,16 @@ def check_flag(name: str, value: object) -> None:
     """
     if type(value) is not bool:
         raise ValueError(f"{name} must be True or False, not {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Takes a finite number.
+
+    Raises:
+        ValueError: if it is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a number, not {value!r}")
 
 
 def check_share(name: str, value: object) -> None:

@@ -21,10 +21,11 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal, get_args
 
 from fxopt.analysis.value_spreads import Observer
-from fxopt.options import check_choice, check_flag, check_patterns
+from fxopt.options import check_choice, check_flag, check_number, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
 from fxopt.quantizers.aware import AwareQuantizer
+from fxopt.quantizers.sensitivity import LayerLoss
 from fxopt.quantizers.static import Equalize, StaticQuantizer
 from fxopt.rounding import Rounding
 
@@ -48,6 +49,8 @@ class Quantize(Pass):
         per_channel: whether each output of a layer has a scale of its own.
         equalize: "auto" scales channels between layers where less is lost then, by calibration data; "off" does not.
         bias_correction: whether the bias takes up what rounding a weight loses on average.
+        min_sqnr_db: signal to quantization noise ratio of the outputs on calibration data, in decibel, that is
+            reached by leaving as few layers as it takes in floating point, the worst first; None: all are quantized.
         ignore: patterns of layer paths, "head.*", that go on computing in floating point.
     """
 
@@ -63,6 +66,7 @@ class Quantize(Pass):
     per_channel: bool = True
     equalize: Equalize = "auto"
     bias_correction: bool = True
+    min_sqnr_db: float | None = None
     ignore: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -73,6 +77,8 @@ class Quantize(Pass):
         check_choice("equalize", self.equalize, get_args(Equalize))
         check_flag("per_channel", self.per_channel)
         check_flag("bias_correction", self.bias_correction)
+        if self.min_sqnr_db is not None:
+            check_number("min_sqnr_db", self.min_sqnr_db)
         check_patterns("ignore", self.ignore)
         if self.mode == "qat":
             object.__setattr__(self, "provides", frozenset({"fake_quantized"}))
@@ -84,6 +90,17 @@ class Quantize(Pass):
             InputError: if there are no calibration data, or no layer can be quantized.
         """
         return self._quantizer().plan(program)
+
+    def losses(self, program: Program) -> list[LayerLoss]:
+        """Which layers lose what is lost: what each costs when it alone is quantized, the worst first.
+
+        Args:
+            program: with batch norms folded, and calibration data: `fxopt.optimize(model, inputs, ["default"], ...)`.
+
+        Raises:
+            InputError: if there are no calibration data, or no layer can be quantized.
+        """
+        return self._quantizer().losses(program)
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
         self._quantizer().apply(program, rewrite)
@@ -97,4 +114,5 @@ class Quantize(Pass):
             ignore=self.ignore,
             equalize=self.equalize,
             bias_correction=self.bias_correction,
+            min_sqnr_db=self.min_sqnr_db,
         )

@@ -29,6 +29,7 @@ from fxopt.integer_scheme import INT32
 from fxopt.passes_base import Rewrite, Skip, listed
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
 from fxopt.quantizers.layers import find_layers
+from fxopt.quantizers.sensitivity import LayerLoss, Weights, enough_left_out, layer_losses
 from fxopt.quantizers.weights import WeightRounding
 from fxopt.rounding import Rounding
 
@@ -54,6 +55,7 @@ class StaticQuantizer:
         ignore: patterns of layer paths that are left alone.
         equalize: "auto" scales channels where less is lost then, "off" nowhere.
         bias_correction: whether the bias takes up what rounding a weight loses on average.
+        min_sqnr_db: ratio of signal to noise of the outputs that is reached by leaving the worst layers as they are.
     """
 
     observer: Observer
@@ -63,6 +65,7 @@ class StaticQuantizer:
     ignore: tuple[str, ...]
     equalize: Equalize
     bias_correction: bool
+    min_sqnr_db: float | None
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """One decision for channels to scale, then one per value to quantize, then one per weight.
@@ -70,18 +73,56 @@ class StaticQuantizer:
         Raises:
             InputError: if there are no calibration data, or no layer can be quantized.
         """
+        weights, left = self._weights(program)
+        yield from left
+        scaled, decisions = self._scaled(program, weights)
+        yield from decisions
+        if self.min_sqnr_db is not None:
+            for item in enough_left_out(scaled, weights, self._quantized, self.min_sqnr_db):
+                why = f"left in floating point for min_sqnr_db: it alone would leave {item.sqnr_db:.1f} dB"
+                yield Skip(item.layers[0], why)
+                weights.remove(list(item.layers))
+        yield from self._decisions(scaled, weights)
+
+    def losses(self, program: Program) -> list[LayerLoss]:
+        """What each layer costs when it alone is quantized, the worst first.
+
+        Raises:
+            InputError: as `plan`.
+        """
+        weights, _ = self._weights(program)
+        return layer_losses(self._scaled(program, weights)[0], weights, self._quantized)
+
+    def _weights(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         if program.calibration is None:
             raise InputError("quantize takes ranges from data: pass calibration=, an iterable of batches")
         weights, left = find_layers(program, KERNELS, self.ignore)
-        yield from left
-        names = [layer.name for layers in weights for layer in layers]
-        if self.equalize == "auto":
-            scaled = program.copy()
-            for found in equalizations(program, names, per_channel=self.per_channel):
-                yield _decision(found)
-                scale_channels(scaled, found.channels.giver, found.channels.readers, found.factors)
-            program = scaled if scaled.edits != program.edits else program
-        regions = integer_regions(program, names)
+        return [[layer.name for layer in layers] for layers in weights], left
+
+    def _scaled(self, program: Program, weights: Weights) -> tuple[Program, list[Rewrite]]:
+        """The program with its channels scaled, and the decisions that make it so."""
+        if self.equalize == "off":
+            return program, []
+        names = [name for names in weights for name in names]
+        scaled, decisions = program.copy(), []
+        for found in equalizations(program, names, per_channel=self.per_channel):
+            decisions.append(_decision(found))
+            self.apply(scaled, decisions[-1])
+        return (scaled, decisions) if decisions else (program, [])
+
+    def _quantized(self, program: Program, weights: Weights) -> Program:
+        """A copy in which layers with some weights are quantized."""
+        if weights:
+            # all of them, once: copies know what their original knew
+            self._rounding(program).of(program, weights[0], self._weights(program)[0])
+        found = program.copy()
+        for decision in self._decisions(program, weights):
+            self.apply(found, decision)
+        return found
+
+    def _decisions(self, program: Program, weights: Weights) -> Iterator[Rewrite]:
+        """One per value to quantize, then one per weight."""
+        regions = integer_regions(program, [name for names in weights for name in names])
         spreads = value_spreads(program, [name for name in regions.readers if name not in regions.same])
         affines: dict[str, Affine] = {}
         for name, readers in regions.readers.items():
@@ -94,7 +135,8 @@ class StaticQuantizer:
                 f"{affines[name].type.name} from {low:.4g} to {high:.4g}, for {listed(readers)}",
                 {"affine": affines[name].to_json(), "readers": list(readers), "same": same},
             )
-        for layers in weights:
+        for names in weights:
+            layers = [program.node(name) for name in names]
             source = cast("fx.Node", program.call(layers[0]).arguments["input"])
             read = (
                 {"input": affines[source.name].to_json()}
@@ -102,11 +144,16 @@ class StaticQuantizer:
                 else {}
             )
             paths = ", ".join(sorted({str(layer.target) for layer in layers}))
-            yield Rewrite(
-                layers[0].name,
-                f"{self.weight_bits}-bit weights of {paths}",
-                {"layers": [layer.name for layer in layers], "pairs": program.scheme.adds_pairs, **read},
-            )
+            yield Rewrite(names[0], f"{self.weight_bits}-bit weights of {paths}", {"layers": list(names), **read})
+
+    def _rounding(self, program: Program) -> WeightRounding:
+        return WeightRounding(
+            self.weight_bits,
+            self.round,
+            self.per_channel,
+            pairs=program.scheme.adds_pairs,
+            absorbed=self.bias_correction,
+        )
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
         """Scales channels, or quantizes one value or one weight; what a weight becomes is no part of the plan."""
@@ -142,11 +189,7 @@ class StaticQuantizer:
         """Has layers that share a weight read integers."""
         layers = [program.node(name) for name in params["layers"]]
         first, layer = layers[0], cast("Any", program.module_of(layers[0]))
-        every = [[each.name for each in group] for group in find_layers(original, KERNELS, self.ignore).weights]
-        rounding = WeightRounding(
-            self.weight_bits, self.round, self.per_channel, pairs=params["pairs"], absorbed=self.bias_correction
-        )
-        found = rounding.of(original, params["layers"], every)
+        found = self._rounding(original).of(original, params["layers"], self._weights(original)[0])
         bias = None
         if len(layers) == 1:
             whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset

@@ -17,13 +17,14 @@ from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.patches import PatchLayer
 from fxopt.integer_limits import IntegerLimits
 from fxopt.masking import mask_of
+from fxopt.progress import progress
 from fxopt.rounding import Rounded, Rounding, rounded
 from fxopt.substitution import LONGEST
 
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["WeightCodes", "WeightRounding"]
+__all__ = ["WeightCodes", "WeightRounding", "round_weights"]
 
 
 @dataclass(frozen=True)
@@ -69,26 +70,39 @@ class WeightRounding:
             layers: names of the nodes that read the weight.
             all_layers: the same for every weight that will be asked for: one run serves them all.
         """
-        known: Mapping[Any, Rounded] = measured(original, _roundings)
         key = tuple(layers), self
-        if key not in known:
-            found = dict(known)
-            for names, moments in _moments(original, all_layers):
-                layer = PatchLayer(cast("nn.Module", original.module_of(original.node(names[0]))))
-                mask = mask_of(original.module_of(original.node(names[0])))
-                weight = layer.weight if mask is None else layer.weight * layer.as_matrix(mask)
-                found[names, self] = rounded(
+        if key not in measured(original, _roundings):
+            round_weights(original, all_layers, [self])
+        found = measured(original, _roundings)[key]
+        return _codes(found, cast("Any", original.module_of(original.node(layers[0]))).weight.shape)
+
+
+def round_weights(original: Program, all_layers: Sequence[Sequence[str]], roundings: Sequence[WeightRounding]) -> None:
+    """Rounds weights in one or more ways, in one run over the calibration data, for `WeightRounding.of` to find.
+
+    Args:
+        original: the program, in floating point; with calibration data where a rounding needs it.
+        all_layers: for every weight, the names of the nodes that read it.
+        roundings: the ways.
+    """
+    found = dict(measured(original, _roundings))
+    with progress("rounding weights", len(all_layers), "layers") as advance:
+        for names, moments in _moments(original, all_layers):
+            module = cast("nn.Module", original.module_of(original.node(names[0])))
+            layer, mask = PatchLayer(module), mask_of(module)
+            weight = layer.weight if mask is None else layer.weight * layer.as_matrix(mask)
+            for each in roundings:
+                found[names, each] = rounded(
                     weight,
-                    IntegerLimits.of(layer, self.bits, pairs=self.pairs),
+                    IntegerLimits.of(layer, each.bits, pairs=each.pairs),
                     moments,
-                    how=self.how,
-                    per_channel=self.per_channel,
-                    block=self.block,
-                    absorbed=self.absorbed,
+                    how=each.how,
+                    per_channel=each.per_channel,
+                    block=each.block,
+                    absorbed=each.absorbed,
                 )
-            known = found
-            keep(original, _roundings, cast("Mapping[Any, Rounded]", found))
-        return _codes(known[key], cast("Any", original.module_of(original.node(layers[0]))).weight.shape)
+            advance(1)
+    keep(original, _roundings, cast("Mapping[Any, Rounded]", found))
 
 
 def _codes(found: Rounded, shape: torch.Size) -> WeightCodes:

@@ -105,7 +105,7 @@ def test_what_is_read_and_given_as_integers(model: nn.Module, batches: list[Tens
 
 
 @pytest.mark.parametrize("observer", ["minmax", "percentile", "mse"])
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
+@pytest.mark.parametrize("rounding", ["nearest", "adaround", "gptq"])
 def test_observers_and_roundings(observer: Any, rounding: Any, model: nn.Module, batches: list[Tensor]) -> None:
     program = quantized(model, batches, observer=observer, round=rounding)
     with torch.no_grad():
@@ -259,6 +259,47 @@ def test_ignored_layers_keep_their_weights(model: nn.Module, batches: list[Tenso
     assert torch.equal(program.module.state_dict()["head.weight"], model.state_dict()["head.weight"])
 
 
+def test_which_layer_lost_it(model: nn.Module, batches: list[Tensor]) -> None:
+    program = fxopt.optimize(model, (batches[0][:2],), ["fold_batch_norm"], calibration=batches)
+    losses = Quantize(round="nearest", weight_bits=4).losses(program)
+    assert {item.path for item in losses} == {"stem", "one", "depthwise", "few", "head"}
+    assert [item.sqnr_db for item in losses] == sorted(item.sqnr_db for item in losses)
+    for item in (losses[0], losses[-1]):
+        others = tuple(path for path in ("stem", "one", "depthwise", "few", "head") if path != item.path)
+        alone = quantized(model, batches, round="nearest", weight_bits=4, ignore=others, equalize="off")
+        data = torch.cat(batches)[:32]
+        with torch.no_grad():
+            assert sqnr(program.module(data), alone.module(data)) == pytest.approx(item.sqnr_db, abs=1.0)
+    assert str(losses[0]) == f"{losses[0].path}: {losses[0].sqnr_db:.1f} dB"
+
+
+def test_the_worst_layers_stay_as_they_are_until_the_floor_holds(model: nn.Module, batches: list[Tensor]) -> None:
+    program = fxopt.optimize(model, (batches[0][:2],), ["fold_batch_norm"], calibration=batches)
+    ranked = Quantize(weight_bits=4).losses(program)
+    data = torch.cat(batches)[:32]
+    with torch.no_grad():
+        floor = sqnr(model(data), quantized(model, batches, weight_bits=4).module(data)) + 4
+    found = quantized(model, batches, weight_bits=4, min_sqnr_db=floor)
+    left = found.report.passes[-1].skips
+    assert 0 < len(left) < 5
+    assert {skip.node for skip in left} == {item.layers[0] for item in ranked[: len(left)]}
+    assert left[0].why.startswith("left in floating point for min_sqnr_db: it alone would leave ")
+    with torch.no_grad():
+        assert sqnr(model(data), found.module(data)) >= floor
+    assert not quantized(model, batches, min_sqnr_db=10).report.passes[-1].skips
+    with pytest.raises(InputError, match="no layer can be quantized with min_sqnr_db=90: the best of them"):
+        quantized(model, batches, weight_bits=4, min_sqnr_db=90)
+
+
+def test_without_bias_correction_the_weights_answer_for_the_mean(model: nn.Module, batches: list[Tensor]) -> None:
+    program = quantized(model, batches, weight_bits=4, bias_correction=False, equalize="off")
+    biases = [tensor for name, tensor in program.module.state_dict().items() if name.endswith("bias")]
+    for name in ("stem", "depthwise"):
+        assert any(torch.equal(tensor, model.state_dict()[f"{name}.bias"]) for tensor in biases)
+    with torch.no_grad():
+        assert sqnr(model(batches[0]), program.module(batches[0])) > 15
+
+
 def test_data_and_folding_are_asked_for(model: nn.Module, batches: list[Tensor]) -> None:
     with pytest.raises(InputError, match="pass calibration="):
         fxopt.optimize(model, (batches[0],), ["fold_batch_norm", "quantize"])
@@ -323,6 +364,11 @@ def test_schemes(target: Target, bits: int, signed: bool) -> None:
         ({"round": "up"}, "round must be one of"),
         ({"per_channel": 1}, "per_channel must be True or False"),
         ({"ignore": "head"}, "ignore must be a tuple of patterns"),
+        ({"weight_bits": 5}, "weight_bits must be one of"),
+        ({"equalize": True}, "equalize must be one of"),
+        ({"bias_correction": 0}, "bias_correction must be True or False"),
+        ({"min_sqnr_db": "20"}, "min_sqnr_db must be a number"),
+        ({"min_sqnr_db": float("inf")}, "min_sqnr_db must be a number"),
     ],
 )
 def test_options_that_make_no_sense_are_refused(options: dict[str, Any], message: str) -> None:

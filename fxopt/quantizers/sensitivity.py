@@ -1,0 +1,129 @@
+"""Which layers lose what is lost: each is quantized by itself, and the outputs are compared with the program's own.
+
+The noises of layers nearly add up, so that leaving out those that are worst by themselves is what helps the whole most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fxopt.compare import compare
+from fxopt.errors import InputError
+from fxopt.progress import progress
+from fxopt.randomness import fixed_random_state
+
+if TYPE_CHECKING:
+    from fxopt.program import Program
+
+__all__ = ["LayerLoss", "Weights", "enough_left_out", "layer_losses"]
+
+Weights = Sequence[Sequence[str]]
+"""For each weight, the names of the nodes that call the layers which read it."""
+
+Quantized = Callable[["Program", Weights], "Program"]
+"""A copy of a program in which the layers with some weights are quantized."""
+
+_SAMPLES = 32  # that outputs are compared on
+
+
+class LayerLoss(NamedTuple):
+    """What it costs to quantize a layer alone.
+
+    Attributes:
+        layers: names of the nodes that call it, and those that share its weight.
+        path: of the layer in the model.
+        sqnr_db: signal to quantization noise ratio of the program's outputs, in decibel.
+    """
+
+    layers: tuple[str, ...]
+    path: str
+    sqnr_db: float
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.sqnr_db:.1f} dB"
+
+
+def layer_losses(program: Program, weights: Weights, quantized: Quantized) -> list[LayerLoss]:
+    """What each layer costs, the worst first.
+
+    Args:
+        program: in floating point, with calibration data.
+        weights: the layers.
+        quantized: how they are quantized.
+    """
+    batches = _samples(program)
+    expected = _outputs(program, batches)
+    found = []
+    with progress("quantizing layers one by one", len(weights), "layers") as advance:
+        for names in weights:
+            noise = _sqnr(expected, _outputs(quantized(program, [names]), batches))
+            found.append(LayerLoss(tuple(names), str(program.node(names[0]).target), noise))
+            advance(1)
+    return sorted(found, key=lambda item: item.sqnr_db)
+
+
+def enough_left_out(program: Program, weights: Weights, quantized: Quantized, floor: float) -> list[LayerLoss]:
+    """As few layers, of the worst, as have to stay in floating point for the rest to reach a ratio; maybe none.
+
+    Args:
+        program: in floating point, with calibration data.
+        weights: the layers.
+        quantized: how they are quantized.
+        floor: signal to quantization noise ratio of the outputs, in decibel.
+
+    Raises:
+        InputError: if none could be quantized.
+    """
+    batches = _samples(program)
+    expected = _outputs(program, batches)
+    if _sqnr(expected, _outputs(quantized(program, weights), batches)) >= floor:
+        return []
+    ranked = layer_losses(program, weights, quantized)
+    if ranked[-1].sqnr_db < floor:
+        raise InputError(
+            f"no layer can be quantized with min_sqnr_db={floor:g}: the best of them, {ranked[-1].path}, by itself "
+            f"leaves {ranked[-1].sqnr_db:.1f} dB"
+        )
+
+    def reaches(count: int) -> bool:
+        left = {names for item in ranked[:count] for names in item.layers}
+        rest = [names for names in weights if names[0] not in left]
+        return _sqnr(expected, _outputs(quantized(program, rest), batches)) >= floor
+
+    fails, holds = 0, len(ranked) - 1
+    with progress(f"looking for {floor:g} dB", len(ranked).bit_length(), "trials") as advance:
+        while holds - fails > 1:
+            middle = (fails + holds) // 2
+            fails, holds = (fails, middle) if reaches(middle) else (middle, holds)
+            advance(1)
+    return ranked[:holds]
+
+
+def _samples(program: Program) -> list[tuple[Tensor, ...]]:
+    """The first calibration samples."""
+    batches: list[tuple[Tensor, ...]] = []
+    left = _SAMPLES
+    for inputs in program.calibration_inputs():
+        axes = program.batch.inputs if program.batch is not None else ()
+        cut = tuple(tensor[:left] if index in axes else tensor for index, tensor in enumerate(inputs))
+        batches.append(cut)
+        left -= len(cut[axes[0]]) if axes else 1
+        if left <= 0:
+            break
+    return batches
+
+
+def _outputs(program: Program, batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+    """The outputs for all batches, one tensor for each output."""
+    with fixed_random_state(), torch.no_grad():
+        found = [program.run(*inputs) for inputs in batches]
+    return tuple(torch.cat([each.reshape(-1) for each in parts]) for parts in zip(*found, strict=True))
+
+
+def _sqnr(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:
+    difference = compare(expected, found)
+    return float("-inf") if difference.mismatch else difference.sqnr_db
