@@ -64,7 +64,7 @@ class AwareQuantizer(StaticQuantizer):
         layers = [program.node(name) for name in params["layers"]]
         layer = cast("Any", program.module_of(layers[0]))
         every = [[each.name for each in group] for group in find_layers(original, KERNELS, self.ignore).weights]
-        rounding = WeightRounding(self._bits(program), self.round, self.per_channel, absorbed=self.bias_correction)
+        rounding = self._rounding(program)
         found = rounding.of(original, params["layers"], every)
         if len(layers) == 1 and (layer.bias is not None or bool(found.offset.any())):
             whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
@@ -72,6 +72,9 @@ class AwareQuantizer(StaticQuantizer):
         weight = nn.Parameter(_rounds_to(layer.weight.detach(), found), requires_grad=layer.weight.requires_grad)
         scale = (found.scale if self.per_channel else found.scale[:1]).to(weight.device)
         call_with(program, layers, FakeQuantizedWeight(weight, scale, rounding.bits, mask_of(layer)))
+
+    def _rounding(self, program: Program) -> WeightRounding:
+        return WeightRounding(self._bits(program), self.round, self.per_channel, absorbed=self.bias_correction)
 
     def _bits(self, program: Program) -> int:
         return min(self.weight_bits, program.scheme.weight_bits)
