@@ -304,6 +304,8 @@ class _Pending:
         if self.dynamic_batch and program.fixed_batch is not None:
             batch_warning = f"the engine takes the batch size of the example inputs only: {program.fixed_batch}"
             warnings.warn(batch_warning, FixedBatchWarning, stacklevel=3)
+        if not self.backend.runs_training:
+            _refuse_fake_quantization(program, self.backend)
         _log.info("lowering by %s", self.backend)
         engine = self.backend.lower(program, dynamic_batch=self.dynamic_batch)
         report = program.report.copy()
@@ -333,6 +335,16 @@ def _refuse_training(program: Program, backend: Backend) -> None:
             raise BackendError(
                 f"{node.name} is a dropout that the model never switches off, and {backend.name} runs inference: "
                 "pass training=self.training to it"
+            )
+
+
+def _refuse_fake_quantization(program: Program, backend: Backend) -> None:
+    """An engine for inference would compute in floating point what is meant to become integers."""
+    for node in program.nodes:
+        if program.op(node) in ("fake_quantize", "fake_quantized_weight"):
+            raise BackendError(
+                f"{node.target} is fake quantization, which trains, and {backend.name} runs inference: "
+                "put freeze_quantization into passes"
             )
 
 

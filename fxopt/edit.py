@@ -22,6 +22,7 @@ __all__ = [
     "clean",
     "insert_after",
     "insert_before",
+    "insert_call",
     "insert_tensor",
     "raise_calls",
     "replace",
@@ -92,6 +93,20 @@ def insert_after(
         node = _create(program, target, (anchor,) if args is None else args, kwargs or {}, name)
     for user in users:
         user.replace_input_with(anchor, node)
+    program._changed()
+    return node
+
+
+def insert_call(program: Program, anchor: fx.Node, like: fx.Node, args: Sequence[Any]) -> fx.Node:
+    """Adds a node in front of `anchor` that calls the module which `like` calls, on other arguments.
+
+    Raises:
+        InputError: if `like` calls no module.
+    """
+    if like.op != "call_module":
+        raise InputError(f"{like.name} calls no module")
+    with program.graph.inserting_before(anchor):
+        node = program.graph.create_node("call_module", like.target, tuple(args))
     program._changed()
     return node
 

@@ -126,6 +126,8 @@ OPERATORS: tuple[Operator, ...] = (
     _op("packed_weight", "", modules=("fxopt.packed_weight.PackedWeight",)),
     _op("dynamic_linear", "input", modules=("fxopt.dynamic_linear.DynamicLinear",)),
     _op("dynamic_lstm", "input hx", modules=("fxopt.dynamic_lstm.DynamicLSTM",)),
+    _op("fake_quantize", "input", modules=("fxopt.fake_quantization.FakeQuantize",)),
+    _op("fake_quantized_weight", "", modules=("fxopt.fake_quantization.FakeQuantizedWeight",)),
     _op("quantize", _AFFINE, functions=("quantized_decomposed.quantize_per_tensor.default",)),
     _op("dequantize", _AFFINE, functions=("quantized_decomposed.dequantize_per_tensor.default",)),
     _op(

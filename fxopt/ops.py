@@ -25,8 +25,9 @@ DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_d
 MODE_DEPENDENT = DROPOUTS | {"batch_norm", "instance_norm", "lstm", "gru", "rnn", "multi_head_attention"}
 """Operators that are random, or update statistics, in training only."""
 
-HELD = frozenset({"codebook_weight", "packed_weight", "quantized_tensor"})
-"""Operators that give a tensor of the model's which is held in fewer bits: to compute it ahead would undo that."""
+HELD = frozenset({"codebook_weight", "fake_quantized_weight", "packed_weight", "quantized_tensor"})
+"""Operators that give a tensor of the model's which is, or will be, held in fewer bits: to compute it ahead would undo
+that."""
 
 
 def cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # noqa: A002 (the operator's name for it)

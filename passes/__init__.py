@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fxopt.passes.cluster_weights import ClusterWeights
     from fxopt.passes.factorize_low_rank import FactorizeLowRank
     from fxopt.passes.fold_batch_norm import FoldBatchNorm
+    from fxopt.passes.freeze_quantization import FreezeQuantization
     from fxopt.passes.merge_branches import MergeBranches
     from fxopt.passes.prune_channels import PruneChannels
     from fxopt.passes.prune_weights import PruneWeights
@@ -34,6 +35,7 @@ __all__ = [
     "ClusterWeights",
     "FactorizeLowRank",
     "FoldBatchNorm",
+    "FreezeQuantization",
     "MergeBranches",
     "PruneChannels",
     "PruneWeights",
@@ -52,6 +54,7 @@ _MODULES = {
     "ClusterWeights": "cluster_weights",
     "FactorizeLowRank": "factorize_low_rank",
     "FoldBatchNorm": "fold_batch_norm",
+    "FreezeQuantization": "freeze_quantization",
     "MergeBranches": "merge_branches",
     "PruneChannels": "prune_channels",
     "PruneWeights": "prune_weights",

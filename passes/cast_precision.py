@@ -147,7 +147,8 @@ class CastPrecision(Pass):
         """Why a layer is left as it is; None if it can run low."""
         if self._ignored(node):
             return "ignored"
-        if any(program.op(item) in ("dequantize", "quantized_tensor") for item in node.all_input_nodes):
+        integers = ("dequantize", "quantized_tensor", "fake_quantize", "fake_quantized_weight")
+        if any(program.op(item) in integers for item in node.all_input_nodes):
             return "it computes with integers"
         if any(program.op(item) == "packed_weight" for item in node.all_input_nodes):
             return "its weight is held as integers"

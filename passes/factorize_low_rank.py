@@ -76,7 +76,7 @@ class FactorizeLowRank(Pass):
     """
 
     name: ClassVar[str] = "factorize_low_rank"
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "quantized", "sparse"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "fake_quantized", "quantized", "sparse"})
 
     rank: int | None = None
     ratio: float | None = None

@@ -75,7 +75,7 @@ class PruneChannels(Pass):
     """
 
     name: ClassVar[str] = "prune_channels"
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "quantized", "sparse"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "fake_quantized", "quantized", "sparse"})
 
     ratio: float | None = None
     macs: float | None = None

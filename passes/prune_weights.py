@@ -68,7 +68,7 @@ class PruneWeights(Pass):
 
     name: ClassVar[str] = "prune_weights"
     provides: ClassVar[frozenset[str]] = frozenset({"sparse"})
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "quantized"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "fake_quantized", "quantized"})
 
     sparsity: float = 0.5
     scope: Literal["layer", "global"] = "layer"

@@ -4,14 +4,17 @@
     static         8 bits, ranges from data             8 bits (4 bits: the same kernels, fewer values)
     dynamic        8 bits, ranges found at each call    8 bits; linear layers and LSTMs
     weight_only    float32                              8 or 4 bits, in blocks
+    qat            8 bits, ranges trained from there    8 or 4 bits, simulated: to be trained, then frozen
 
 Each mode is described in its file of `fxopt/quantizers/`. Weights are rounded so that the least is lost, whereupon the
 bias takes up what is lost on average.
 
-Fold BatchNorms before; mode="static" asks for it. Refused, with the reason: layers without an integer kernel, that are
-ignored, whose weight comes from elsewhere, or that do not compute in float32; and a program in which no layer is left.
+Fold BatchNorms before; modes "static" and "qat" ask for it. Refused, with the reason: layers without an integer kernel,
+that are ignored, whose weight comes from elsewhere, or that do not compute in float32; and a program in which no layer
+is left.
 
-Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what works).
+Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what works), arXiv:1902.08153 (learned
+steps).
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from fxopt.errors import InputError
 from fxopt.options import check_choice, check_flag, check_number, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
+from fxopt.quantizers.aware import AwareQuantizer
 from fxopt.quantizers.dynamic import DynamicQuantizer
 from fxopt.quantizers.sensitivity import LayerLoss
 from fxopt.quantizers.static import Equalize, StaticQuantizer
@@ -33,14 +37,15 @@ from fxopt.rounding import Rounding
 
 __all__ = ["Quantize"]
 
-Mode = Literal["static", "dynamic", "weight_only"]
+Mode = Literal["static", "dynamic", "weight_only", "qat"]
 
 _USED_BY = {
-    "observer": ("auto", ("static",)),
-    "per_channel": (True, ("static", "dynamic")),
-    "weight_bits": (8, ("static", "weight_only")),
+    "observer": ("auto", ("static", "qat")),
+    "per_channel": (True, ("static", "dynamic", "qat")),
+    "weight_bits": (8, ("static", "weight_only", "qat")),
     "group_size": ("auto", ("weight_only",)),
-    "equalize": ("auto", ("static",)),
+    "equalize": ("auto", ("static", "qat")),
+    "min_sqnr_db": (None, ("static", "dynamic", "weight_only")),
 }
 """Of options that not every mode has: the default, and the modes that have it."""
 
@@ -53,7 +58,7 @@ class Quantize(Pass):
     """Quantizes a program for integer kernels.
 
     Attributes:
-        mode: "static", "dynamic" or "weight_only".
+        mode: "static", "dynamic", "weight_only"; or "qat", whose program trains and goes to `freeze_quantization`.
         weight_bits: of a weight, 8 or 4.
         group_size: how many inputs of an output of a linear layer share a scale, a power of two from 16; None: all;
             "auto" is 32 for weights of 4 bits, and None for others.
@@ -70,9 +75,9 @@ class Quantize(Pass):
     """
 
     name: ClassVar[str] = "quantize"
-    requires: ClassVar[frozenset[str]] = frozenset({"batch_norm_folded"})  # if mode is "static"
+    requires: ClassVar[frozenset[str]] = frozenset({"batch_norm_folded"})  # not every mode
     provides: ClassVar[frozenset[str]] = frozenset({"quantized"})
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "mixed_precision", "quantized"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "fake_quantized", "mixed_precision", "quantized"})
 
     mode: Mode = "static"
     weight_bits: Literal[8, 4] = 8
@@ -103,8 +108,10 @@ class Quantize(Pass):
         for option, (default, modes) in _USED_BY.items():
             if getattr(self, option) != default and self.mode not in modes:
                 raise ValueError(f"{option} is for mode={' and '.join(map(repr, modes))}, and mode is {self.mode!r}")
-        if self.mode != "static":
+        if self.mode in ("dynamic", "weight_only"):
             object.__setattr__(self, "requires", frozenset())
+        if self.mode == "qat":
+            object.__setattr__(self, "provides", frozenset({"fake_quantized"}))
 
     def plan(self, program: Program) -> Iterable[Rewrite | Skip]:
         """One decision per value to quantize, then one per weight.
@@ -140,7 +147,8 @@ class Quantize(Pass):
             return WeightOnlyQuantizer(
                 rounding, self.weight_bits, block, self.bias_correction, self.min_sqnr_db, self.ignore
             )
-        return StaticQuantizer(
+        kind = AwareQuantizer if self.mode == "qat" else StaticQuantizer
+        return kind(
             observer="mse" if self.observer == "auto" else self.observer,
             round=rounding,
             weight_bits=self.weight_bits,

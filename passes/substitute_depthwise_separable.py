@@ -69,7 +69,7 @@ class SubstituteDepthwiseSeparable(Pass):
     """
 
     name: ClassVar[str] = "substitute_depthwise_separable"
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "quantized", "sparse"})
+    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "fake_quantized", "quantized", "sparse"})
 
     multiplier: int | Literal["auto"] = "auto"
     order: Order | Literal["auto"] = "auto"

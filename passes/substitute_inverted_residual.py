@@ -71,7 +71,9 @@ class SubstituteInvertedResidual(Pass):
     """
 
     name: ClassVar[str] = "substitute_inverted_residual"
-    refuses: ClassVar[frozenset[str]] = frozenset({"clustered", "mixed_precision", "quantized", "sparse"})
+    refuses: ClassVar[frozenset[str]] = frozenset(
+        {"clustered", "fake_quantized", "mixed_precision", "quantized", "sparse"}
+    )
 
     expansion: float | Literal["auto"] = "auto"
     max_error: float = 0.5

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from benchmarks import quantize
 from benchmarks.errors import BenchmarkError
+from benchmarks.fashion_mnist import Images, mobilenet
 from benchmarks.networks import load_network
-from benchmarks.quantize import engines
+from benchmarks.quantize import aware, engines, equalize
 from benchmarks.quantize.engines import FLOAT, ORT, Engine, Files, Maker, Missing, methods
 from benchmarks.quantize.measure import fastest, fidelity
 from benchmarks.quantize.subjects import SUBJECTS, Subject
@@ -156,10 +157,10 @@ def test_the_command_writes_a_row_for_each_method_and_goes_on_after_a_failure(
     }
     monkeypatch.setattr(quantize, "SUBJECTS", {"small": small})
     monkeypatch.setattr(quantize, "methods", lambda *, inductor: makers)
-    out = tmp_path / "quantize.json"
+    out = tmp_path / "peers.json"
     parser = argparse.ArgumentParser()
     quantize.add_arguments(parser)
-    code = quantize.run(parser.parse_args(["--rounds", "2", "--out", str(out)]))
+    code = quantize.run(parser.parse_args(["--part", "peers", "--rounds", "2", "--out", str(tmp_path)]))
     data = json.loads(out.read_text())
     (found,) = data["networks"]
     rows = {each["method"]: each for each in found["rows"]}
@@ -174,7 +175,7 @@ def test_the_command_writes_a_row_for_each_method_and_goes_on_after_a_failure(
     text = out.with_suffix(".md").read_text()
     assert "| small | fails | failed: ArithmeticError: nothing to see |" in text
     with pytest.raises(BenchmarkError, match="no method nosuch; there are "):
-        quantize.run(parser.parse_args(["--methods", "nosuch"]))
+        quantize.run(parser.parse_args(["--part", "peers", "--methods", "nosuch"]))
 
 
 def test_the_table_has_a_cell_for_each_column() -> None:
@@ -191,3 +192,61 @@ def test_a_network_with_random_weights_stays_torchvisions_and_has_statistics_of_
     assert {name.rpartition(".")[2] for name in moved} <= {"running_mean", "running_var", "num_batches_tracked"}
     assert "features.0.1.running_mean" in moved
     assert [len(images) for images in (subject.calibration, subject.test)] == [2, 3]
+
+
+def few_images(_: str, __: Path) -> Images:
+    generator = torch.Generator().manual_seed(0)
+    return Images(torch.randn(256, 1, 28, 28, generator=generator), torch.arange(256) % 10)
+
+
+def untrained() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(1, 4, 3, 4), nn.ReLU(), nn.Flatten(), nn.Linear(196, 10)).eval()
+
+
+def arguments_of(*given: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    quantize.add_arguments(parser)
+    return parser.parse_args(given)
+
+
+def test_the_part_aware_quantizes_trains_and_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aware, "images", few_images)
+    monkeypatch.setattr(aware, "TRAINED", {"resnet14": untrained})
+    given = "--part aware --trained resnet14 --images 100 --calibration 64 --training 256".split()
+    code = quantize.run(arguments_of(*given, "--out", str(tmp_path)))
+    data = json.loads((tmp_path / "aware.json").read_text())
+    (found,) = data["results"]
+    assert (found["network"], found["bits"]) == ("resnet14", 4)
+    assert list(found["rows"]) == [aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE]
+    assert code == int(not all(bar["met"] for bar in data["bars"]))
+    assert "| resnet14 | 4 | qat, onnx engine |" in (tmp_path / "aware.md").read_text()
+
+
+def test_bars_of_the_part_aware() -> None:
+    def bars(nearest: float, gptq: float, trained: float, engine: float) -> list[bool]:
+        rows = {aware.NEAREST: nearest, aware.GPTQ: gptq, aware.TRAINING: trained, aware.ENGINE: engine}
+        return [met for _, met in aware.verdicts([{"network": "net", "bits": 4, "float": 0.9, "rows": rows}])]
+
+    assert bars(0.7, 0.8, 0.85, 0.85) == [True, True]
+    assert bars(0.7, 0.8, 0.85, 0.849) == [False, True]
+    assert bars(0.7, 0.8, 0.9, 0.8989) == [True, False]
+
+
+def test_unequal_channels_change_no_answer() -> None:
+    torch.manual_seed(0)
+    model = mobilenet().eval()
+    scaled = equalize.unequal(model)
+    x = torch.randn(4, 1, 28, 28)
+    with torch.no_grad():
+        torch.testing.assert_close(scaled(x), model(x), rtol=1e-4, atol=1e-5)
+    block: Any = scaled[3]
+    sizes = block.depthwise_norm.weight.detach().abs()
+    assert sizes.max() > 20 * sizes.min()
+
+
+def test_bars_of_the_part_equalize() -> None:
+    rows: dict[str, float | str] = {"float": 0.9, equalize.UNEQUAL: 0.9, equalize.PLAIN: 0.6, equalize.OURS: 0.895}
+    assert [met for _, met in equalize.verdicts(rows)] == [True, True, True]
+    rows |= {equalize.UNEQUAL: 0.89, equalize.PLAIN: 0.8, equalize.OURS: "TypeError: no equalize"}
+    assert [met for _, met in equalize.verdicts(rows)] == [False, False, False]

@@ -19,6 +19,7 @@ SETTINGS = {
     "cluster_weights": "cluster_weights(bits=3)",
     "factorize_low_rank": "factorize_low_rank(ratio=0.6, round_to=2)",
     "fold_batch_norm": "fold_batch_norm",
+    "freeze_quantization": "freeze_quantization",
     "merge_branches": "merge_branches",
     "prune_channels": "prune_channels(ratio=0.25, min_channels=2)",
     "prune_weights": "prune_weights(sparsity=0.5)",
@@ -36,7 +37,10 @@ REFUSED = {
     *itertools.product(("cluster_weights", "prune_weights"), STRUCTURAL),
     ("cluster_weights", "prune_weights"),
     ("cluster_weights", "quantize"),
-    *itertools.product(("quantize",), (*STRUCTURAL, "prune_weights", "quantize")),
+    *itertools.product(
+        ("quantize", "freeze_quantization"), (*STRUCTURAL, "prune_weights", "quantize", "freeze_quantization")
+    ),
+    *itertools.product(("cast_precision", "cluster_weights"), ("freeze_quantization",)),
     ("cast_precision", "substitute_inverted_residual"),
     ("cast_precision", "quantize"),
 }
@@ -100,7 +104,9 @@ def subject() -> tuple[nn.Module, list[tuple[Tensor, Tensor]]]:
 
 
 FOLDED = "fold_batch_norm(clone_shared=True)"
-"""What quantize requires in front of it."""
+FAKE = "quantize(mode='qat')"
+BEFORE = {"quantize": [FOLDED], "freeze_quantization": [FOLDED, FAKE]}
+"""What some passes require in front of them."""
 
 
 def optimized(subject: tuple[nn.Module, list[tuple[Tensor, Tensor]]], names: list[str]) -> Program:
@@ -110,7 +116,7 @@ def optimized(subject: tuple[nn.Module, list[tuple[Tensor, Tensor]]], names: lis
         return fxopt.optimize(
             model,
             batches[0][0],
-            [spec for name in names for spec in ([FOLDED] if name == "quantize" else []) + [SETTINGS[name]]],
+            [spec for name in names for spec in [*BEFORE.get(name, ()), SETTINGS[name]]],
             calibration=batches,
             on_no_match="ignore",
             on_failure="raise",
@@ -131,24 +137,27 @@ def test_two_passes(first: str, second: str, subject: tuple[nn.Module, list[tupl
     model, batches = subject
     state = model_state(model)
     if (first, second) in REFUSED:
-        with pytest.raises(PipelineError, match=f"{second} cannot run .* which {first} made it: put {second} before"):
+        # the refusal is of what goes before freeze_quantization
+        one, two = (name.replace("freeze_quantization", "quantize") for name in (first, second))
+        with pytest.raises(PipelineError, match=f"{two} cannot run .* which {one} made it: put {two} before"):
             optimized(subject, [first, second])
-        if first == second:
+        if (second, first) in REFUSED:
             return
         program = optimized(subject, [second, first])
     else:
         program = optimized(subject, [first, second])
     assert_untouched(model, state)
-    one, two = (report for report in program.report.passes if report.config != FOLDED)
-    assert one.rewrites
+    reports = [report for report in program.report.passes if report.config not in (FOLDED, FAKE)]
+    assert len(reports) == 2
+    assert reports[0].rewrites
     # the second finds its work done, or says of each candidate why it is left alone
     idle = (
         "simplify",
         "fold_batch_norm",
         "merge_branches",
-        *(["reestimate_batch_norm"] if first == "quantize" else []),
+        *(["reestimate_batch_norm"] if first in BEFORE else []),
     )
-    assert two.rewrites or two.skips or second == first or second in idle
+    assert reports[1].rewrites or reports[1].skips or second == first or second in idle
     if "prune_weights" in (first, second):
         zeros = sum(int((parameter == 0).sum()) for parameter in weights(program))
         assert zeros > 0.4 * sum(parameter.numel() for parameter in weights(program))
@@ -156,7 +165,7 @@ def test_two_passes(first: str, second: str, subject: tuple[nn.Module, list[tupl
         (answer,) = program.run(torch.randn(size, 3, 8, 8))
         assert answer.shape == (size, 5)
         assert answer.isfinite().all()
-    if "quantize" in (first, second):
+    if first in BEFORE or second in BEFORE:
         return  # integers do not train
     module = program.module.train()
     module(batches[0][0]).square().sum().backward()

@@ -56,6 +56,18 @@ def test_insert_before(program: Program) -> None:
     assert is_legal(program)
 
 
+def test_insert_call_calls_the_same_module(program: Program) -> None:
+    output = program.nodes[-1]
+    (result,) = output.all_input_nodes
+    node = edit.insert_call(program, output, program.node("act"), (result,))
+    edit.set_operand(program, [output], result, node)
+    assert [item.target for item in program.callers(node)] == ["act", "act"]
+    assert torch.equal(program.run(X)[0], Net().eval()(X).relu().detach())
+    assert is_legal(program)
+    with pytest.raises(InputError, match=r"^x calls no module$"):
+        edit.insert_call(program, output, program.node("x"), (result,))
+
+
 def test_insert_after_takes_over_all_users(program: Program) -> None:
     node = edit.insert_after(program, program.node("act"), torch.mul, (program.node("act"), 2.0))
     assert {user.name for user in node.users} == {"twice", "mul"}

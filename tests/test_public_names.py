@@ -70,6 +70,7 @@ def test_public_names() -> None:
         "DEFAULT",
         "FactorizeLowRank",
         "FoldBatchNorm",
+        "FreezeQuantization",
         "MergeBranches",
         "PruneChannels",
         "PruneWeights",

@@ -1,8 +1,9 @@
 """int8 by fxopt, ONNX Runtime, NNCF with OpenVINO and torchao: fidelity, accuracy, latency and size of each.
 
-All see the same calibration images in one run. SQNR and agreement compare the logits of other images with those of the
-float network; latencies are ratios to its ONNX engine, taken in turns on one thread. Of the networks two are trained
-(ResNet-14 on Fashion-MNIST, EfficientNet-Lite0 on ImageNet); the others have random weights.
+peers: all see the same calibration images in one run. SQNR and agreement compare the logits of other images with those
+of the float network; latencies are ratios to its ONNX engine, taken in turns on one thread. Of the networks two are
+trained (ResNet-14 on Fashion-MNIST, EfficientNet-Lite0 on ImageNet); the others have random weights. aware: weights of
+few bits after training and in training. equalize: a MobileNet whose channels have very different ranges.
 """
 
 from __future__ import annotations
@@ -12,16 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.quantize import aware, equalize
 from benchmarks.quantize.engines import methods
 from benchmarks.quantize.measure import measure
 from benchmarks.quantize.subjects import SUBJECTS
 from benchmarks.quantize.table import quantize_table, verdicts
+from benchmarks.quantize.trained import TRAINED
 from benchmarks.results import RESULTS, environment, verdict_data, write_json, write_text
 from fxopt.progress import progress
+
+PARTS = ("peers", "aware", "equalize")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to run")
     parser.add_argument("--networks", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, metavar="NAME")
     parser.add_argument("--methods", nargs="+", default=list(methods(inductor=False)), metavar="NAME")
     parser.add_argument(
@@ -30,15 +36,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--images", type=int, default=10_000, help="test images of Fashion-MNIST")
     parser.add_argument("--rounds", type=int, default=30, help="of the timing, in turns")
     parser.add_argument("--inductor", action="store_true", help="compile torchao's networks (minutes) and time them")
-    parser.add_argument("--out", type=Path, default=RESULTS / "quantize.json", help="JSON file of the results")
+    parser.add_argument("--calibration", type=int, default=512, help="images to calibrate on (aware, equalize)")
+    parser.add_argument("--trained", nargs="+", default=list(TRAINED), choices=TRAINED, help="networks (aware)")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4], choices=(4, 8), help="of weights (aware)")
+    parser.add_argument("--training", type=int, default=60_000, help="training images of an epoch (aware)")
+    parser.add_argument("--epochs", type=int, default=1, help="of training (aware)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "quantize", help="folder of the results")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measures every method on every network.
+    """Runs the parts one after the other; each is a table of its own.
 
     Returns:
         0 if all bars were met, else 1.
     """
+    parts = {"peers": _peers, "aware": aware.run, "equalize": equalize.run}
+    met = [parts[part](arguments) for part in arguments.part]
+    return int(not all(met))
+
+
+def _peers(arguments: argparse.Namespace) -> bool:
+    """Measures every method on every network; whether all bars were met."""
     makers = methods(inductor=arguments.inductor)
     unknown = sorted(set(arguments.methods) - set(makers))
     if unknown:
@@ -51,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
             # what takes hours must not be lost
             table, bars = quantize_table(results), verdicts(results)
             data = {"environment": environment(), "bars": verdict_data(bars), "networks": results}
-            write_json(arguments.out, data)
-            write_text(arguments.out.with_suffix(".md"), table.markdown())
+            write_json(arguments.out / "peers.json", data)
+            write_text(arguments.out / "peers.md", table.markdown())
             advance(1)
     table.show()
-    return int(not all(met for _, met in bars))
+    return all(met for _, met in bars)

@@ -25,6 +25,7 @@ __all__ = [
     "FXOPT",
     "OPENVINO",
     "ORT",
+    "PER_TENSOR",
     "TORCHAO",
     "Engine",
     "Files",
@@ -32,6 +33,7 @@ __all__ = [
     "Missing",
     "float_engine",
     "methods",
+    "ort",
 ]
 
 FLOAT = "fp32 onnx"
@@ -50,6 +52,9 @@ ORT: Mapping[str, Mapping[str, Any]] = {
     "ORT U8U8 min-max": {"weight_type": "QUInt8"},
 }
 """The schemes of ONNX Runtime: name -> options of `quantize_static`, enumerators by name."""
+
+PER_TENSOR: Mapping[str, Any] = {"per_channel": False, "reduce_range": True}
+"""One scale for each weight, of 7 bits, which fit a processor that adds up products in 16."""
 
 
 class Missing(Exception):
@@ -89,7 +94,7 @@ def methods(*, inductor: bool) -> dict[str, Maker]:
         inductor: whether torchao's network is compiled by inductor, which takes minutes, to be timed.
     """
     makers: dict[str, Maker] = {name: partial(_fxopt, specs) for name, specs in FXOPT.items()}
-    makers |= {name: partial(_ort, options) for name, options in ORT.items()}
+    makers |= {name: partial(ort, options) for name, options in ORT.items()}
     return {**makers, OPENVINO: _openvino, TORCHAO: partial(_torchao, inductor)}
 
 
@@ -132,7 +137,8 @@ def _onnx_engine(path: Path) -> Engine:
     return Engine(lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), nbytes)
 
 
-def _ort(options: Mapping[str, Any], subject: Subject, files: Files) -> Engine:
+def ort(options: Mapping[str, Any], subject: Subject, files: Files) -> Engine:
+    """The network by ONNX Runtime's `quantize_static`, from the float network's file."""
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -143,7 +149,7 @@ def _ort(options: Mapping[str, Any], subject: Subject, files: Files) -> Engine:
         path,
         _Reader(subject, prepared),
         quant_format=QuantFormat.QDQ,
-        per_channel=True,
+        per_channel=options.get("per_channel", True),
         reduce_range=options.get("reduce_range", False),
         activation_type=QuantType[options.get("activation_type", "QUInt8")],
         weight_type=QuantType[options.get("weight_type", "QInt8")],

@@ -36,7 +36,7 @@ from fxopt.rounding import Rounding
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["KERNELS", "Equalize", "StaticQuantizer"]
+__all__ = ["KERNELS", "Equalize", "StaticQuantizer", "integer_bias"]
 
 Equalize = Literal["auto", "off"]
 
@@ -130,12 +130,16 @@ class StaticQuantizer:
             yield Rewrite(
                 name,
                 f"{affines[name].type.name} from {low:.4g} to {high:.4g}, for {listed(readers)}",
-                {"affine": affines[name].to_json(), "readers": list(readers)},
+                {"affine": affines[name].to_json(), "readers": list(readers), "same": same},
             )
         for names in weights:
             layers = [program.node(name) for name in names]
             source = cast("fx.Node", program.call(layers[0]).arguments["input"])
-            read = {"input": affines[source.name].to_json()} if program.op(layers[0]) == "linear" else {}
+            read = (
+                {"input": affines[source.name].to_json()}
+                if program.op(layers[0]) == "linear" and source.name in affines
+                else {}
+            )
             paths = ", ".join(sorted({str(layer.target) for layer in layers}))
             yield Rewrite(names[0], f"{self.weight_bits}-bit weights of {paths}", {"layers": list(names), **read})
 
@@ -164,14 +168,19 @@ class StaticQuantizer:
     def quantize_value(self, program: Program, node: fx.Node, params: Mapping[str, Any]) -> None:
         """Has some readers of a value read what its integers stand for."""
         affine = Affine.from_json(params["affine"])
-        wanted = set(params["readers"])
-        readers = [item for item in program.nodes if item.name in wanted]
-        if not readers:
-            raise PassError("nothing reads it", pass_name="quantize", node=node.name)  # noqa: S106 (no secret)
+        readers = self.readers_of(program, node, params)
         name = f"{node.name}_quantized"
         codes = edit.insert_before(program, readers[0], quantize, (node, *affine.arguments), name=name)
         value = edit.insert_before(program, readers[0], dequantize, (codes, *affine.arguments))
         edit.set_operand(program, readers, node, value)
+
+    def readers_of(self, program: Program, node: fx.Node, params: Mapping[str, Any]) -> list[fx.Node]:
+        """Who reads a value as integers, in the order of the program."""
+        wanted = set(params["readers"])
+        readers = [item for item in program.nodes if item.name in wanted]
+        if not readers:
+            raise PassError("nothing reads it", pass_name="quantize", node=node.name)  # noqa: S106 (no secret)
+        return readers
 
     def quantize_weight(self, program: Program, original: Program, params: Mapping[str, Any]) -> None:
         """Has layers that share a weight read integers."""
@@ -181,9 +190,9 @@ class StaticQuantizer:
         bias = None
         if len(layers) == 1:
             whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
-            if program.op(first) == "linear":
+            if program.op(first) == "linear" and "input" in params:
                 # a linear layer that gives floating numbers has an integer kernel only with a bias of integers
-                bias = _integer_bias(whole, found.scale, Affine.from_json(params["input"]))
+                bias = integer_bias(whole, found.scale, Affine.from_json(params["input"]))
             if bias is None and (layer.bias is not None or bool(found.offset.any())):
                 edit.set_tensor(program, first, "bias", whole.to(layer.weight.dtype))
         call_with(program, layers, QuantizedTensor(found.codes, found.scale), bias)
@@ -198,7 +207,7 @@ def _decision(found: Equalization) -> Rewrite:
     )
 
 
-def _integer_bias(bias: Tensor, scale: Tensor, source: Affine) -> QuantizedTensor | None:
+def integer_bias(bias: Tensor, scale: Tensor, source: Affine) -> QuantizedTensor | None:
     """A bias with the scale that products of integers have; None if there is none, or it would not fit."""
     scales = scale * source.scale
     codes = (bias / scales.double()).round()

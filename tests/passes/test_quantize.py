@@ -153,6 +153,14 @@ def test_zeros_around_a_value_are_left_to_the_kernel(batches: list[Tensor], tmp_
     assert "Pad" not in kinds
 
 
+def test_a_linear_layer_behind_zeros(batches: list[Tensor]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.ZeroPad2d((0, 1, 0, 0)), nn.Linear(11, 5)).eval()
+    program = quantized(model, batches)
+    with torch.no_grad():
+        assert sqnr(model(batches[0]), program.module(batches[0])) > 25
+
+
 def test_an_engine_computes_what_is_simulated(model: nn.Module, batches: list[Tensor], tmp_path: Path) -> None:
     compiled = fxopt.compile(
         model, (batches[0][:2],), passes=["fold_batch_norm", "quantize"], calibration=batches, backend="onnx"
