@@ -13,7 +13,7 @@ D² / 12 for steps of D, as it arrives behind the layers that read the value:
     activations   R² / 12 sum_c |w_c|² / s_c²,                     R = max(s r) / 255
     weights       sum_o (max_c |w_oc| / s_c / 127)² / 12 sum_c s_c² E[x_c²]
 
-and the best one is taken if it takes away a tenth of the noise or more. Exact in itself: outputs change by rounding
+and the best one is taken if it takes away half of the noise or more. Exact in itself: outputs change by rounding
 only.
 """
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Equalization", "equalizations", "scale_channels"]
 
 _STRENGTHS = (0.25, 0.5, 0.75, 1.0)
-_WORTH = 0.9  # of the noise without it
+_WORTH = 0.5  # of the noise without it: what is expected must be clear
 _STEPS, _WEIGHT_STEPS = 255, 127
 _MOST = 1e3  # by which a channel is scaled, up or down
 

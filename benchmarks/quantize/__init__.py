@@ -3,7 +3,8 @@
 peers: all see the same calibration images in one run. SQNR and agreement compare the logits of other images with those
 of the float network; latencies are ratios to its ONNX engine, taken in turns on one thread. Of the networks two are
 trained (ResNet-14 on Fashion-MNIST, EfficientNet-Lite0 on ImageNet); the others have random weights. aware: weights of
-few bits after training and in training. equalize: a MobileNet whose channels have very different ranges.
+few bits after training and in training. rounding: weights rounded to the nearest and with an eye on data. equalize: a
+MobileNet whose channels have very different ranges.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.errors import BenchmarkError
-from benchmarks.quantize import aware, equalize
+from benchmarks.quantize import aware, equalize, rounding
 from benchmarks.quantize.engines import methods
+from benchmarks.quantize.kept import kept
 from benchmarks.quantize.measure import measure
 from benchmarks.quantize.subjects import SUBJECTS
 from benchmarks.quantize.table import quantize_table, verdicts
@@ -22,7 +24,7 @@ from benchmarks.quantize.trained import TRAINED
 from benchmarks.results import RESULTS, environment, verdict_data, write_json, write_text
 from fxopt.progress import progress
 
-PARTS = ("peers", "aware", "equalize")
+PARTS = ("peers", "rounding", "aware", "equalize")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bits", nargs="+", type=int, default=[4], choices=(4, 8), help="of weights (aware)")
     parser.add_argument("--training", type=int, default=60_000, help="training images of an epoch (aware)")
     parser.add_argument("--epochs", type=int, default=1, help="of training (aware)")
+    parser.add_argument("--keep", action="store_true", help="keep results of networks that are not measured now")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize", help="folder of the results")
 
 
@@ -50,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     Returns:
         0 if all bars were met, else 1.
     """
-    parts = {"peers": _peers, "aware": aware.run, "equalize": equalize.run}
+    parts = {"peers": _peers, "rounding": rounding.run, "aware": aware.run, "equalize": equalize.run}
     met = [parts[part](arguments) for part in arguments.part]
     return int(not all(met))
 
@@ -62,7 +65,7 @@ def _peers(arguments: argparse.Namespace) -> bool:
     if unknown:
         raise BenchmarkError(f"no method {', '.join(unknown)}; there are {', '.join(makers)}")
     chosen = {name: makers[name] for name in arguments.methods}
-    results: list[dict[str, Any]] = []
+    results = kept(arguments.out / "peers.json", arguments.networks, wanted=arguments.keep)
     with progress("measuring networks", len(arguments.networks), "networks") as advance:
         for name in arguments.networks:
             results.append(measure(SUBJECTS[name](arguments), chosen, rounds=arguments.rounds))

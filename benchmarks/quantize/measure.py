@@ -49,7 +49,7 @@ def measure(subject: Subject, makers: Mapping[str, Maker], *, rounds: int) -> di
             print(f"{subject.name}: {rows[-1]}", flush=True)
         _add_latencies(rows, _timed(engines, subject.test[:1], rounds))
     classes = int(expected.argmax(1).unique().numel())
-    return {"network": subject.name, "accuracy": _accuracy(expected, subject), "classes": classes, "rows": rows}
+    return {"network": subject.name, "accuracy": accuracy_of(expected, subject), "classes": classes, "rows": rows}
 
 
 def fidelity(expected: Tensor, found: Tensor) -> dict[str, float | None]:
@@ -83,13 +83,14 @@ def _row(name: str, subject: Subject, expected: Tensor, engine: Engine, seconds:
         "method": name,
         "failure": None,
         **fidelity(expected, found),
-        "accuracy": _accuracy(found, subject),
+        "accuracy": accuracy_of(found, subject),
         "megabytes": None if engine.nbytes is None else engine.nbytes / 1e6,
         "seconds": seconds,
     }
 
 
-def _accuracy(found: Tensor, subject: Subject) -> float | None:
+def accuracy_of(found: Tensor, subject: Subject) -> float | None:
+    """The share of test images of which the class is right; None where they have none."""
     return None if subject.labels is None else float((found.argmax(1) == subject.labels).double().mean())
 
 
