@@ -117,7 +117,8 @@ def _best(
     weights = [_by_group(program, name) for name in item.readers]
     # of each channel, the largest weight that reads it
     across = torch.stack([weight.abs().amax((1, 2)).reshape(-1) for weight in weights]).amax(0)
-    front = cast("Any", program.module_of(program.node(item.giver))).weight.detach().double().cpu().flatten(1)
+    front = cast("Any", program.module_of(program.node(item.giver))).weight.detach().double().cpu()
+    front = front.reshape(len(front), -1)
     used = (largest > 0) & (across > 0)
     ones = torch.ones_like(largest)
     if not bool(used.any()):

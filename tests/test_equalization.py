@@ -151,6 +151,30 @@ def test_quantization_loses_less(per_channel: bool, gain: float, images: list[Te
     assert found["auto"] > found["off"] + gain
 
 
+def test_a_norm_gives_scaled_channels_to_all_that_read_it() -> None:
+    torch.manual_seed(0)
+    model = Attention().eval()
+    with torch.no_grad():
+        model.norm.weight[3] = 40.0  # as in large transformers: few channels are far larger than the rest
+    tokens = [torch.randn(16, 5, 16)]
+    program = captured(model, tokens)
+    (found,) = equalizations(program, ["query", "key"], per_channel=True)
+    assert found.channels.readers == ("query", "key")
+    assert found.noise < 0.2
+    losses = {}
+    for equalize in ("auto", "off"):
+        quantized = fxopt.optimize(
+            model,
+            (tokens[0],),
+            ["fold_batch_norm", Quantize(equalize=equalize, round="nearest", observer="minmax")],  # type: ignore[arg-type]
+            calibration=tokens,
+            on_no_match="ignore",
+        )
+        with torch.no_grad():
+            losses[equalize] = sqnr(model(tokens[0]), quantized.module(tokens[0]))
+    assert losses["auto"] > losses["off"] + 3
+
+
 def test_channels_that_are_equal_are_left_as_they_are(images: list[Tensor]) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 1, bias=False), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
 
 from benchmarks.errors import BenchmarkError
 from benchmarks.quantize import aware, equalize, rounding

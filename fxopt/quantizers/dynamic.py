@@ -84,7 +84,8 @@ class DynamicQuantizer:
     def _decisions(self, program: Program, weights: Weights) -> Iterator[Rewrite]:
         for names in weights:
             paths = ", ".join(sorted({str(program.node(name).target) for name in names}))
-            yield Rewrite(names[0], f"8-bit weights of {paths}, ranges as it runs", {"layers": list(names)})
+            bits = program.scheme.weight_bits if program.op(program.node(names[0])) == "lstm" else 8
+            yield Rewrite(names[0], f"{bits}-bit weights of {paths}, ranges as it runs", {"layers": list(names)})
 
     def _quantized(self, program: Program, weights: Weights) -> Program:
         """A copy in which layers with some weights are quantized."""

