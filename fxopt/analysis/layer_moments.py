@@ -24,7 +24,7 @@ from fxopt.stepwise import StepwiseRun
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["LayerMoments", "Moments", "layer_moments"]
+__all__ = ["LayerMoments", "Moments", "layer_moments", "patch_moments"]
 
 _MEMORY = 2**30  # bytes of activations
 
@@ -59,11 +59,7 @@ class LayerMoments:
 
 
 def layer_moments(
-    program: Program,
-    layers: Sequence[str],
-    with_patches: Callable[[PatchLayer], bool],
-    *,
-    few: bool = False,
+    program: Program, layers: Sequence[str], with_patches: Callable[[PatchLayer], bool]
 ) -> Iterator[tuple[str, LayerMoments]]:
     """The moments of each layer in turn, from as many batches as fit in memory, the first ones.
 
@@ -71,11 +67,45 @@ def layer_moments(
         program: with calibration data.
         layers: names of nodes that call convolutions or linear layers, in the order in which they run.
         with_patches: for which of them the patches are looked at.
-        few: whether some rows are enough: see `fxopt/analysis/samples.py`.
 
     Raises:
         InputError: if there are no calibration data, they do not fit the model, or values are not finite on them.
     """
+    for name, layer, seen in _layers_run(program, layers):
+        patches, outputs = [_Sums() for _ in range(2)], [_Sums() for _ in range(2)]
+        wanted = with_patches(layer)
+        for half, rows, given in samples(layer, seen):
+            if wanted:
+                patches[half].add(rows)
+            outputs[half].add(given)
+        found = LayerMoments(_moments(*patches) if wanted else None, _moments(*outputs))
+        if not found.outputs.covariance.isfinite().all():
+            raise InputError(f"what {name} gives is not finite on the calibration data")
+        yield name, found
+
+
+def patch_moments(program: Program, layers: Sequence[str]) -> Iterator[tuple[str, Moments]]:
+    """The moments of the patches alone, from fewer rows than `layer_moments` takes.
+
+    Args:
+        program: with calibration data.
+        layers: names of nodes that call convolutions or linear layers, in the order in which they run.
+
+    Raises:
+        InputError: if there are no calibration data, they do not fit the model, or values are not finite on them.
+    """
+    for name, layer, seen in _layers_run(program, layers):
+        sums = [_Sums() for _ in range(2)]
+        for half, rows, _ in samples(layer, seen, few=True):
+            sums[half].add(rows)
+        found = _moments(*sums)
+        if not found.covariance.isfinite().all():
+            raise InputError(f"what {name} reads is not finite on the calibration data")
+        yield name, found
+
+
+def _layers_run(program: Program, layers: Sequence[str]) -> Iterator[tuple[str, PatchLayer, list[Seen]]]:
+    """Each layer in turn with what it reads and gives."""
     batches = next(windows(program, _MEMORY))
     unused = unused_after(program)
     with fixed_random_state(), torch.no_grad(), buffers_restored(program.module):
@@ -87,17 +117,7 @@ def layer_moments(
                 value = run.argument(name)
                 run.through(name)
                 seen.append(Seen(value, run.values[name]))
-            layer = PatchLayer(cast("nn.Module", program.module_of(program.node(name))))
-            patches, outputs = [_Sums() for _ in range(2)], [_Sums() for _ in range(2)]
-            wanted = with_patches(layer)
-            for half, rows, given in samples(layer, seen, few=few):
-                if wanted:
-                    patches[half].add(rows)
-                outputs[half].add(given)
-            found = LayerMoments(_moments(*patches) if wanted else None, _moments(*outputs))
-            if not found.outputs.covariance.isfinite().all():
-                raise InputError(f"what {name} gives is not finite on the calibration data")
-            yield name, found
+            yield name, PatchLayer(cast("nn.Module", program.module_of(program.node(name)))), seen
 
 
 class _Sums:

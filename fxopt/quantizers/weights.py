@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fxopt.analysis.layer_moments import Moments, layer_moments
+from fxopt.analysis.layer_moments import Moments, patch_moments
 from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.patches import PatchLayer
 from fxopt.integer_limits import IntegerLimits
@@ -115,13 +115,15 @@ def _moments(
     original: Program, all_layers: Sequence[Sequence[str]]
 ) -> Iterator[tuple[tuple[str, ...], Moments | None]]:
     """For every weight, the moments of the patches that it is multiplied by; None where several layers read it."""
-    alone = [names[0] for names in all_layers if len(names) == 1]
     if original.calibration is None:
         yield from ((tuple(names), None) for names in all_layers)
         return
-    for name, moments in layer_moments(original, alone, lambda layer: layer.length <= LONGEST, few=True):
-        yield (name,), moments.patches
-    yield from ((tuple(names), None) for names in all_layers if len(names) > 1)
+    alone = [names[0] for names in all_layers if len(names) == 1]
+    layers = {name: cast("Any", original.module_of(original.node(name))) for name in alone}
+    known = [name for name in alone if layers[name].weight[0].numel() <= LONGEST]
+    for name, moments in patch_moments(original, known):
+        yield (name,), moments
+    yield from ((tuple(names), None) for names in all_layers if names[0] not in known)
 
 
 def _roundings(_: Program) -> Mapping[Any, Rounded]:
