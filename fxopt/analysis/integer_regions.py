@@ -31,6 +31,7 @@ __all__ = ["Regions", "integer_regions"]
 
 _JOINS = frozenset({"add", "cat"})
 _ACTIVATIONS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+_PRODUCTS = frozenset({"matmul", "bmm"})
 _SPLITS = frozenset({"chunk", "split", "unbind"})
 _LAYOUTS = frozenset(
     {
@@ -81,7 +82,7 @@ def integer_regions(program: Program, layers: Collection[str]) -> Regions:
 
     Args:
         program: the program.
-        layers: names of nodes that call convolutions and linear layers.
+        layers: names of nodes that call convolutions, linear layers and matrix products.
     """
     return _Search(program, layers).found()
 
@@ -95,7 +96,10 @@ class _Search:
         self._same: dict[str, str] = {}
         self._giving: dict[str, str] = {}
         for node in program.nodes:
-            if node.name in layers:
+            if node.name in layers and program.op(node) in _PRODUCTS:
+                for operand in node.all_input_nodes:
+                    self._read(operand, node)
+            elif node.name in layers:
                 source, reader = cast("fx.Node", program.call(node).arguments["input"]), node
                 if _pads_with_zeros(program, source):
                     # engines have kernels pad, but for this they must find it beside the layer

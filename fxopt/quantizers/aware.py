@@ -28,6 +28,7 @@ from fxopt.held_weight import call_with
 from fxopt.masking import mask_of
 from fxopt.passes_base import Rewrite, Skip
 from fxopt.quantization import Affine
+from fxopt.quantizers.products import Products, find_products
 from fxopt.quantizers.static import StaticQuantizer
 from fxopt.quantizers.weights import WeightCodes, WeightRounding
 
@@ -46,6 +47,11 @@ class AwareQuantizer(StaticQuantizer):
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
         """As static quantization; with weights that fit whatever their neighbours become in training."""
         yield from StaticQuantizer.plan(replace(self, weight_bits=self._bits(program)), program)
+
+    def products(self, program: Program) -> Products:
+        """None is quantized: they train in floating point."""
+        found = find_products(program, self.ignore)
+        return Products([], [*found.left, *(Skip(name, "products train in floating point") for name in found.nodes)])
 
     def quantize_value(self, program: Program, node: fx.Node, params: Mapping[str, Any]) -> None:
         """Has some readers of a value read it rounded; a value in the layout of another has its step."""

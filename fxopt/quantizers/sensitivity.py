@@ -36,7 +36,7 @@ class LayerLoss(NamedTuple):
 
     Attributes:
         layers: names of the nodes that call it, and those that share its weight.
-        path: of the layer in the model.
+        path: of the layer in the model; of a product, which has none, the node's name.
         sqnr_db: signal to quantization noise ratio of the program's outputs, in decibel.
     """
 
@@ -62,7 +62,9 @@ def layer_losses(program: Program, weights: Weights, quantized: Quantized) -> li
     with progress("quantizing layers one by one", len(weights), "layers") as advance:
         for names in weights:
             noise = _sqnr(expected, _outputs(quantized(program, [names]), batches))
-            found.append(LayerLoss(tuple(names), str(program.node(names[0]).target), noise))
+            node = program.node(names[0])
+            path = str(node.target) if node.op == "call_module" else node.name
+            found.append(LayerLoss(tuple(names), path, noise))
             advance(1)
     return sorted(found, key=lambda item: item.sqnr_db)
 

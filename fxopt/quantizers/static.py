@@ -29,6 +29,7 @@ from fxopt.integer_scheme import INT32
 from fxopt.passes_base import Rewrite, Skip, listed
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
 from fxopt.quantizers.layers import find_layers
+from fxopt.quantizers.products import ATTENTION, Products, find_products, operands, quantize_attention
 from fxopt.quantizers.sensitivity import LayerLoss, Weights, layer_losses, leave_out
 from fxopt.quantizers.weights import WeightRounding
 from fxopt.rounding import Rounding
@@ -68,18 +69,20 @@ class StaticQuantizer:
     min_sqnr_db: float | None
 
     def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
-        """One decision for channels to scale, then one per value to quantize, then one per weight.
+        """One decision for channels to scale, then one per value to quantize, per attention, and per weight.
 
         Raises:
             InputError: if there are no calibration data, or no layer can be quantized.
         """
         weights, left = self._weights(program)
-        yield from left
+        products = self.products(program)
+        yield from (*left, *products.left)
         scaled, decisions = self._scaled(program, weights)
         yield from decisions
+        units = [*weights, *([name] for name in products.nodes)]
         if self.min_sqnr_db is not None:
-            yield from leave_out(scaled, weights, self._quantized, self.min_sqnr_db)
-        yield from self._decisions(scaled, weights)
+            yield from leave_out(scaled, units, self._quantized, self.min_sqnr_db)
+        yield from self._decisions(scaled, units)
 
     def losses(self, program: Program) -> list[LayerLoss]:
         """What each layer costs when it alone is quantized, the worst first.
@@ -88,7 +91,12 @@ class StaticQuantizer:
             InputError: as `plan`.
         """
         weights, _ = self._weights(program)
-        return layer_losses(self._scaled(program, weights)[0], weights, self._quantized)
+        units = [*weights, *([name] for name in self.products(program).nodes)]
+        return layer_losses(self._scaled(program, weights)[0], units, self._quantized)
+
+    def products(self, program: Program) -> Products:
+        """The products of activations."""
+        return find_products(program, self.ignore)
 
     def _weights(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         if program.calibration is None:
@@ -107,20 +115,26 @@ class StaticQuantizer:
             self.apply(scaled, decisions[-1])
         return (scaled, decisions) if decisions else (program, [])
 
-    def _quantized(self, program: Program, weights: Weights) -> Program:
-        """A copy in which layers with some weights are quantized."""
-        if weights:
-            # all of them, once: copies know what their original knew
-            self._rounding(program).of(program, weights[0], self._weights(program)[0])
+    def _quantized(self, program: Program, units: Weights) -> Program:
+        """A copy in which layers with some weights, and some products, are quantized."""
+        weights, _ = self._weights(program)
+        # all of them, once: copies know what their original knew
+        self._rounding(program).of(program, weights[0], weights)
         found = program.copy()
-        for decision in self._decisions(program, weights):
+        for decision in self._decisions(program, units):
             self.apply(found, decision)
         return found
 
-    def _decisions(self, program: Program, weights: Weights) -> Iterator[Rewrite]:
-        """One per value to quantize, then one per weight."""
-        regions = integer_regions(program, [name for names in weights for name in names])
-        spreads = value_spreads(program, [name for name in regions.readers if name not in regions.same])
+    def _decisions(self, program: Program, units: Weights) -> Iterator[Rewrite]:
+        """One per value to quantize, then one per attention, then one per weight."""
+        weights = [names for names in units if program.module_of(program.node(names[0])) is not None]
+        others = [program.node(name) for names in units if names not in weights for name in names]
+        attention = [node for node in others if program.op(node) == ATTENTION]
+        reading = [name for names in units for name in names if program.node(name) not in attention]
+        regions = integer_regions(program, reading)
+        wanted = [name for name in regions.readers if name not in regions.same]
+        wanted += [source.name for node in attention for source in operands(program, node).values()]
+        spreads = value_spreads(program, wanted)
         affines: dict[str, Affine] = {}
         for name, readers in regions.readers.items():
             same = regions.same.get(name)
@@ -131,6 +145,16 @@ class StaticQuantizer:
                 name,
                 f"{affines[name].type.name} from {low:.4g} to {high:.4g}, for {listed(readers)}",
                 {"affine": affines[name].to_json(), "readers": list(readers), "same": same},
+            )
+        for node in attention:
+            found = {
+                name: affine_of(spreads[source.name], program.scheme.activations, self.observer)
+                for name, source in operands(program, node).items()
+            }
+            yield Rewrite(
+                node.name,
+                f"{program.scheme.activations.name} in both products",
+                {"attention": {name: affine.to_json() for name, affine in found.items()}},
             )
         for names in weights:
             layers = [program.node(name) for name in names]
@@ -159,7 +183,10 @@ class StaticQuantizer:
             scale_channels(program, rewrite.node, rewrite.params["readers"], factors)
             return
         original = original_of(program)
-        if "affine" in rewrite.params:
+        if "attention" in rewrite.params:
+            affines = {name: Affine.from_json(data) for name, data in rewrite.params["attention"].items()}
+            quantize_attention(program, program.node(rewrite.node), affines)
+        elif "affine" in rewrite.params:
             self.quantize_value(program, program.node(rewrite.node), rewrite.params)
         else:
             self.quantize_weight(program, original, rewrite.params)
