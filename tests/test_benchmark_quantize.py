@@ -14,7 +14,7 @@ from benchmarks import quantize
 from benchmarks.errors import BenchmarkError
 from benchmarks.fashion_mnist import Images, mobilenet
 from benchmarks.networks import load_network
-from benchmarks.quantize import aware, engines, equalize
+from benchmarks.quantize import aware, engines, equalize, rounding
 from benchmarks.quantize.engines import FLOAT, ORT, Engine, Files, Maker, Missing, methods
 from benchmarks.quantize.measure import fastest, fidelity
 from benchmarks.quantize.subjects import SUBJECTS, Subject
@@ -250,3 +250,27 @@ def test_bars_of_the_part_equalize() -> None:
     assert [met for _, met in equalize.verdicts(rows)] == [True, True, True]
     rows |= {equalize.UNEQUAL: 0.89, equalize.PLAIN: 0.8, equalize.OURS: "TypeError: no equalize"}
     assert [met for _, met in equalize.verdicts(rows)] == [False, False, False]
+
+
+def test_the_part_rounding_measures_every_way_and_keeps_other_networks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rounding, "SUBJECTS", {"small": small, "other": small})
+    rounding.run(argparse.Namespace(networks=["small"], keep=False, out=tmp_path))
+    rounding.run(argparse.Namespace(networks=["other"], keep=True, out=tmp_path))
+    data = json.loads((tmp_path / "rounding.json").read_text())
+    assert [item["network"] for item in data["networks"]] == ["small", "other"]
+    for item in data["networks"]:
+        ways = [(row["scheme"], row["round"]) for row in item["rows"]]
+        assert ways == [(scheme, name) for scheme in ("W8A8", "W4") for name in ("nearest", "adaround", "gptq")]
+        assert all(row["sqnr_db"] > 5 for row in item["rows"])
+    assert "| other | W4 | gptq |" in (tmp_path / "rounding.md").read_text()
+
+
+def test_bars_of_the_part_rounding() -> None:
+    rows = [
+        {"scheme": scheme, "round": name, "sqnr_db": value}
+        for scheme in ("W8A8", "W4")
+        for name, value in (("nearest", 9.0), ("adaround", 8.5), ("gptq", 10.0))
+    ]
+    assert [met for _, met in rounding.verdicts([{"network": "net", "rows": rows}])] == [False, True, False, True]

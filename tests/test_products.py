@@ -94,7 +94,7 @@ def test_attention_with_integers(form: str, batches: list[Tensor], tmp_path: Pat
     onnxruntime.InferenceSession(tmp_path / "engine" / "model.onnx", options, providers=["CPUExecutionProvider"])
     kinds = [node.op_type for node in onnx.load(tmp_path / "optimized.onnx").graph.node]
     assert kinds.count("MatMulIntegerToFloat") >= 2
-    assert "MatMul" not in kinds
+    assert kinds.count("MatMul") <= 2  # the two layers that are ignored
 
 
 def test_golden(batches: list[Tensor]) -> None:
