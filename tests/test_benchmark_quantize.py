@@ -3,6 +3,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -255,7 +256,7 @@ def test_bars_of_the_part_equalize() -> None:
 def test_the_part_rounding_measures_every_way_and_keeps_other_networks(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rounding, "SUBJECTS", {"small": small, "other": small})
+    monkeypatch.setattr(rounding, "SUBJECTS", {"small": small, "other": lambda _: replace(small(), name="other")})
     rounding.run(argparse.Namespace(networks=["small"], keep=False, out=tmp_path))
     rounding.run(argparse.Namespace(networks=["other"], keep=True, out=tmp_path))
     data = json.loads((tmp_path / "rounding.json").read_text())
