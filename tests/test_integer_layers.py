@@ -98,8 +98,9 @@ class Mixed(nn.Module):
         return out
 
 
-@pytest.mark.parametrize("rounding", ["nearest", "gptq"])
-@pytest.mark.parametrize("name", ["resnet14", "mixed"])
+@pytest.mark.parametrize(
+    ("name", "rounding"), [pytest.param("resnet14", "gptq", marks=pytest.mark.slow), ("mixed", "nearest")]
+)
 def test_engines_give_the_integers_that_are_simulated(name: str, rounding: Any) -> None:
     model = trained() if name == "resnet14" else Mixed().eval()
     data = [torch.rand(16, 1, 28, 28, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
