@@ -32,6 +32,7 @@ Rounding = Literal["nearest", "adaround", "gptq"]
 _SHRINKS = [1 - step / 50 for step in range(20)]  # of the range of an output's weights: down to 0.62
 _SWEEPS = 8  # of the descent
 _STILL = 1e-3  # share of integers that move in a sweep, at which it ends
+_AT_ONCE = 2**16  # weights whose scales are looked for together: they stay in the cache
 _BLOCK = 128  # places that are rounded before what they lost is passed on to those behind the block
 
 
@@ -97,13 +98,26 @@ def _scales(
     weight: Tensor, limits: IntegerLimits, counts: Tensor | None, *, per_channel: bool, block: int | None
 ) -> Tensor:
     """The scales, as float32 holds them, [groups, blocks, outputs / groups]."""
+    size = _AT_ONCE // weight[:, :, 0].numel() if per_channel else weight.shape[2]
+    return torch.cat(
+        [
+            _scales_of(part, limits, counts, per_channel=per_channel, block=block or weight.shape[1])
+            for part in torch.split(weight, max(1, size), 2)
+        ],
+        2,
+    )
+
+
+def _scales_of(
+    weight: Tensor, limits: IntegerLimits, counts: Tensor | None, *, per_channel: bool, block: int
+) -> Tensor:
     length = weight.shape[1]
-    missing = -length % (block or length)
+    single, importance = weight.float(), None if counts is None else counts.float()
 
     def in_blocks(values: Tensor) -> Tensor:
         """[groups, blocks, places, outputs / groups], zeros behind the last place."""
-        padded: Tensor = torch.nn.functional.pad(values, (0, 0, 0, missing))
-        return padded.reshape(len(values), -1, block or length, values.shape[2])
+        padded: Tensor = torch.nn.functional.pad(values, (0, 0, 0, -length % block))
+        return padded.reshape(len(values), -1, block, values.shape[2])
 
     def together(values: Tensor, join: Callable[..., Tensor]) -> Tensor:
         """The same number for all outputs, where these share a scale."""
@@ -113,12 +127,14 @@ def _scales(
     best = torch.full_like(most, torch.inf)
     found = torch.ones_like(most)
     for share in _SHRINKS:
-        scale = torch.where(most > 0, most * share / limits.largest, 1.0).float().clamp(min=1e-30).double()
-        places = scale.repeat_interleave(block or length, 1)[:, :length]
-        lost = (limits.fitted((weight / places).round()) * places - weight).square()
-        error = together(in_blocks(lost if counts is None else lost * counts).sum(2), torch.sum)
+        scale = torch.where(most > 0, most * share / limits.largest, 1.0).float().clamp(min=1e-30)
+        places = scale.repeat_interleave(block, 1)[:, :length]
+        lost = limits.fitted((single / places).round_()).mul_(places).sub_(single).square_()
+        if importance is not None:
+            lost *= importance
+        error = together(in_blocks(lost).sum(2, dtype=torch.float64), torch.sum)
         better = error < best
-        best, found = torch.where(better, error, best), torch.where(better, scale, found)
+        best, found = torch.where(better, error, best), torch.where(better, scale.double(), found)
     return found
 
 

@@ -29,6 +29,7 @@ from fxopt.options import check_choice, check_flag, check_number, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
 from fxopt.quantizers.aware import AwareQuantizer
+from fxopt.quantizers.base import Quantizer
 from fxopt.quantizers.dynamic import DynamicQuantizer
 from fxopt.quantizers.sensitivity import LayerLoss
 from fxopt.quantizers.static import Equalize, StaticQuantizer
@@ -137,7 +138,7 @@ class Quantize(Pass):
     def apply(self, program: Program, rewrite: Rewrite) -> None:
         self._quantizer(program).apply(program, rewrite)
 
-    def _quantizer(self, program: Program) -> StaticQuantizer | DynamicQuantizer | WeightOnlyQuantizer:
+    def _quantizer(self, program: Program) -> Quantizer:
         rounding = self._rounding(program)
         if self.mode == "dynamic":
             return DynamicQuantizer(rounding, self.per_channel, self.bias_correction, self.min_sqnr_db, self.ignore)

@@ -23,9 +23,10 @@ from fxopt.dynamic_lstm import DynamicLSTM, LSTMLayer, in_onnx_order
 from fxopt.errors import InputError
 from fxopt.integer_limits import IntegerLimits
 from fxopt.passes_base import Rewrite, Skip
+from fxopt.quantizers.base import Quantizer
 from fxopt.quantizers.layers import Layers, find_layers
-from fxopt.quantizers.sensitivity import LayerLoss, Weights, layer_losses, leave_out
-from fxopt.quantizers.weights import WeightRounding
+from fxopt.quantizers.sensitivity import Units
+from fxopt.quantizers.weights import WeightCodes, WeightRounding
 from fxopt.rounding import Rounding, rounded
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ _OTHERS = "has no fast integer kernel for ranges that are found as it runs"
 
 
 @dataclass(frozen=True)
-class DynamicQuantizer:
+class DynamicQuantizer(Quantizer):
     """Plans and applies dynamic quantization.
 
     Attributes:
@@ -55,47 +56,28 @@ class DynamicQuantizer:
     min_sqnr_db: float | None
     ignore: tuple[str, ...]
 
-    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
-        """One decision per weight of a linear layer, and one per LSTM.
-
-        Raises:
-            InputError: if no layer can be quantized, or the target does not multiply what the operators give.
-        """
+    def candidates(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         if program.scheme.activations.low < 0:
             raise InputError(
                 f"quantize(mode='dynamic') makes unsigned integers of what layers read, and "
                 f"{program.target.device} multiplies signed ones: use mode='static' or mode='weight_only'"
             )
         found = self._layers(program)
-        yield from found.left
-        weights = found.names
-        if self.min_sqnr_db is not None:
-            yield from leave_out(program, weights, self._quantized, self.min_sqnr_db)
-        yield from self._decisions(program, weights)
+        return found.names, found.left
 
-    def losses(self, program: Program) -> list[LayerLoss]:
-        """What each layer costs when it alone is quantized, the worst first.
-
-        Raises:
-            InputError: as `plan`, or if there are no calibration data.
-        """
-        return layer_losses(program, self._layers(program).names, self._quantized)
-
-    def _decisions(self, program: Program, weights: Weights) -> Iterator[Rewrite]:
-        for names in weights:
+    def decisions(self, program: Program, units: Units) -> Iterator[Rewrite]:
+        """One per weight of a linear layer, and one per LSTM."""
+        for names in units:
             paths = ", ".join(sorted({str(program.node(name).target) for name in names}))
             bits = program.scheme.weight_bits if program.op(program.node(names[0])) == "lstm" else 8
             yield Rewrite(names[0], f"{bits}-bit weights of {paths}, ranges as it runs", {"layers": list(names)})
 
-    def _quantized(self, program: Program, weights: Weights) -> Program:
-        """A copy in which layers with some weights are quantized."""
-        found = program.copy()
-        for decision in self._decisions(program, weights):
-            self.apply(found, decision)
-        return found
+    def round_ahead(self, program: Program) -> None:
+        for names in self._linear(program):
+            self._codes(program, names)
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
-        """Quantizes the layers of one weight, or one LSTM; what a weight becomes is no part of the plan."""
+        """Quantizes the layers of one weight, or one LSTM."""
         original = original_of(program)
         layers = [program.node(name) for name in rewrite.params["layers"]]
         if program.op(layers[0]) == "lstm":
@@ -106,11 +88,7 @@ class DynamicQuantizer:
         keep_original(program, original)
 
     def _quantize(self, program: Program, original: Program, layers: Sequence[fx.Node]) -> None:
-        every = [names for names in self._layers(original).names if original.op(original.node(names[0])) == "linear"]
-        rounding = WeightRounding(
-            8, self.round, self.per_channel, pairs=program.scheme.adds_pairs, absorbed=self.bias_correction
-        )
-        found = rounding.of(original, [item.name for item in layers], every)
+        found = self._codes(original, [item.name for item in layers])
         codes = found.codes.t().contiguous()
         for layer in layers:
             module = cast("Any", program.module_of(layer))
@@ -121,6 +99,14 @@ class DynamicQuantizer:
                 whole = found.offset if bias is None else bias.detach().double() + found.offset
                 bias = nn.Parameter(whole.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
             edit.set_module(program, layer, DynamicLinear(codes, found.scale, bias))
+
+    def _codes(self, original: Program, names: Sequence[str]) -> WeightCodes:
+        pairs = original.scheme.adds_pairs
+        rounding = WeightRounding(8, self.round, self.per_channel, pairs=pairs, absorbed=self.bias_correction)
+        return rounding.of(original, names, self._linear(original))
+
+    def _linear(self, program: Program) -> list[list[str]]:
+        return [names for names in self._layers(program).names if program.op(program.node(names[0])) == "linear"]
 
     def _lstm(self, layer: nn.LSTM, bits: int) -> DynamicLSTM:
         layers = []

@@ -20,13 +20,13 @@ from fxopt.randomness import fixed_random_state
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["LayerLoss", "Weights", "layer_losses", "leave_out"]
+__all__ = ["LayerLoss", "Units", "layer_losses", "leave_out"]
 
-Weights = Sequence[Sequence[str]]
-"""For each weight, the names of the nodes that call the layers which read it."""
+Units = Sequence[Sequence[str]]
+"""What is quantized or not as a whole: the nodes that call layers which share a weight, by name; or one product."""
 
-Quantized = Callable[["Program", Weights], "Program"]
-"""A copy of a program in which the layers with some weights are quantized."""
+Quantized = Callable[["Program", Units], "Program"]
+"""A copy of a program in which some are quantized."""
 
 _SAMPLES = 32  # that outputs are compared on
 
@@ -48,19 +48,19 @@ class LayerLoss(NamedTuple):
         return f"{self.path}: {self.sqnr_db:.1f} dB"
 
 
-def layer_losses(program: Program, weights: Weights, quantized: Quantized) -> list[LayerLoss]:
+def layer_losses(program: Program, units: Units, quantized: Quantized) -> list[LayerLoss]:
     """What each layer costs, the worst first.
 
     Args:
         program: in floating point, with calibration data.
-        weights: the layers.
+        units: the layers.
         quantized: how they are quantized.
     """
     batches = _samples(program)
     expected = _outputs(program, batches)
     found = []
-    with progress("quantizing layers one by one", len(weights), "layers") as advance:
-        for names in weights:
+    with progress("quantizing layers one by one", len(units), "layers") as advance:
+        for names in units:
             noise = _sqnr(expected, _outputs(quantized(program, [names]), batches))
             node = program.node(names[0])
             path = str(node.target) if node.op == "call_module" else node.name
@@ -69,12 +69,12 @@ def layer_losses(program: Program, weights: Weights, quantized: Quantized) -> li
     return sorted(found, key=lambda item: item.sqnr_db)
 
 
-def leave_out(program: Program, weights: list[list[str]], quantized: Quantized, floor: float) -> list[Skip]:
+def leave_out(program: Program, units: list[list[str]], quantized: Quantized, floor: float) -> list[Skip]:
     """Takes as few layers, of the worst, out of those to quantize as it takes for the rest to reach a ratio.
 
     Args:
         program: in floating point, with calibration data.
-        weights: the layers; those that are left out are taken away.
+        units: the layers; those that are left out are taken away.
         quantized: how they are quantized.
         floor: signal to quantization noise ratio of the outputs, in decibel.
 
@@ -84,19 +84,19 @@ def leave_out(program: Program, weights: list[list[str]], quantized: Quantized, 
     Raises:
         InputError: if none could be quantized, or there are no calibration data.
     """
-    left = _worst(program, weights, quantized, floor)
+    left = _worst(program, units, quantized, floor)
     for item in left:
-        weights.remove(list(item.layers))
+        units.remove(list(item.layers))
     why = "left in floating point for min_sqnr_db: it alone would leave"
     return [Skip(item.layers[0], f"{why} {item.sqnr_db:.1f} dB") for item in left]
 
 
-def _worst(program: Program, weights: Weights, quantized: Quantized, floor: float) -> list[LayerLoss]:
+def _worst(program: Program, units: Units, quantized: Quantized, floor: float) -> list[LayerLoss]:
     batches = _samples(program)
     expected = _outputs(program, batches)
-    if _sqnr(expected, _outputs(quantized(program, weights), batches)) >= floor:
+    if _sqnr(expected, _outputs(quantized(program, units), batches)) >= floor:
         return []
-    ranked = layer_losses(program, weights, quantized)
+    ranked = layer_losses(program, units, quantized)
     if ranked[-1].sqnr_db < floor:
         raise InputError(
             f"no layer can be quantized with min_sqnr_db={floor:g}: the best of them, {ranked[-1].path}, by itself "
@@ -105,7 +105,7 @@ def _worst(program: Program, weights: Weights, quantized: Quantized, floor: floa
 
     def reaches(count: int) -> bool:
         left = {names for item in ranked[:count] for names in item.layers}
-        rest = [names for names in weights if names[0] not in left]
+        rest = [names for names in units if names[0] not in left]
         return _sqnr(expected, _outputs(quantized(program, rest), batches)) >= floor
 
     fails, holds = 0, len(ranked) - 1

@@ -28,9 +28,10 @@ from fxopt.held_weight import call_with
 from fxopt.integer_scheme import INT32
 from fxopt.passes_base import Rewrite, Skip, listed
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
+from fxopt.quantizers.base import Quantizer
 from fxopt.quantizers.layers import find_layers
 from fxopt.quantizers.products import ATTENTION, Products, find_products, operands, quantize_attention
-from fxopt.quantizers.sensitivity import LayerLoss, Weights, layer_losses, leave_out
+from fxopt.quantizers.sensitivity import Units
 from fxopt.quantizers.weights import WeightRounding
 from fxopt.rounding import Rounding
 
@@ -45,7 +46,7 @@ KERNELS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
 
 @dataclass(frozen=True)
-class StaticQuantizer:
+class StaticQuantizer(Quantizer):
     """Plans and applies static quantization.
 
     Attributes:
@@ -68,64 +69,31 @@ class StaticQuantizer:
     bias_correction: bool
     min_sqnr_db: float | None
 
-    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
-        """One decision for channels to scale, then one per value to quantize, per attention, and per weight.
-
-        Raises:
-            InputError: if there are no calibration data, or no layer can be quantized.
-        """
+    def candidates(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         weights, left = self._weights(program)
         products = self.products(program)
-        yield from (*left, *products.left)
-        scaled, decisions = self._scaled(program, weights)
-        yield from decisions
-        units = [*weights, *([name] for name in products.nodes)]
-        if self.min_sqnr_db is not None:
-            yield from leave_out(scaled, units, self._quantized, self.min_sqnr_db)
-        yield from self._decisions(scaled, units)
-
-    def losses(self, program: Program) -> list[LayerLoss]:
-        """What each layer costs when it alone is quantized, the worst first.
-
-        Raises:
-            InputError: as `plan`.
-        """
-        weights, _ = self._weights(program)
-        units = [*weights, *([name] for name in self.products(program).nodes)]
-        return layer_losses(self._scaled(program, weights)[0], units, self._quantized)
+        return [*weights, *([name] for name in products.nodes)], [*left, *products.left]
 
     def products(self, program: Program) -> Products:
         """The products of activations."""
         return find_products(program, self.ignore)
 
-    def _weights(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
-        if program.calibration is None:
-            raise InputError("quantize takes ranges from data: pass calibration=, an iterable of batches")
-        found = find_layers(program, KERNELS, self.ignore)
-        return found.names, found.left
-
-    def _scaled(self, program: Program, weights: Weights) -> tuple[Program, list[Rewrite]]:
-        """The program with its channels scaled, and the decisions that make it so."""
+    def prepared(self, program: Program, units: Units) -> tuple[Program, list[Rewrite]]:
+        """The program with its channels scaled."""
         if self.equalize == "off":
             return program, []
-        names = [name for names in weights for name in names]
+        names = [name for names in units for name in names]
         scaled, decisions = program.copy(), []
         for found in equalizations(program, names, per_channel=self.per_channel):
             decisions.append(_decision(found))
             self.apply(scaled, decisions[-1])
         return (scaled, decisions) if decisions else (program, [])
 
-    def _quantized(self, program: Program, units: Weights) -> Program:
-        """A copy in which layers with some weights, and some products, are quantized."""
+    def round_ahead(self, program: Program) -> None:
         weights, _ = self._weights(program)
-        # all of them, once: copies know what their original knew
         self._rounding(program).of(program, weights[0], weights)
-        found = program.copy()
-        for decision in self._decisions(program, units):
-            self.apply(found, decision)
-        return found
 
-    def _decisions(self, program: Program, units: Weights) -> Iterator[Rewrite]:
+    def decisions(self, program: Program, units: Units) -> Iterator[Rewrite]:
         """One per value to quantize, then one per attention, then one per weight."""
         weights = [names for names in units if program.module_of(program.node(names[0])) is not None]
         others = [program.node(name) for names in units if names not in weights for name in names]
@@ -167,6 +135,12 @@ class StaticQuantizer:
             paths = ", ".join(sorted({str(layer.target) for layer in layers}))
             yield Rewrite(names[0], f"{self.weight_bits}-bit weights of {paths}", {"layers": list(names), **read})
 
+    def _weights(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
+        if program.calibration is None:
+            raise InputError("quantize takes ranges from data: pass calibration=, an iterable of batches")
+        found = find_layers(program, KERNELS, self.ignore)
+        return found.names, found.left
+
     def _rounding(self, program: Program) -> WeightRounding:
         return WeightRounding(
             self.weight_bits,
@@ -177,7 +151,7 @@ class StaticQuantizer:
         )
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
-        """Scales channels, or quantizes one value or one weight; what a weight becomes is no part of the plan."""
+        """Scales channels, writes out attention, or quantizes one value or one weight."""
         if "factors" in rewrite.params:
             factors = torch.tensor(rewrite.params["factors"], dtype=torch.float64)
             scale_channels(program, rewrite.node, rewrite.params["readers"], factors)

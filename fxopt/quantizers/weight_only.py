@@ -17,8 +17,9 @@ from fxopt.analysis.originals import keep_original, original_of
 from fxopt.held_weight import call_with
 from fxopt.packed_weight import PackedWeight
 from fxopt.passes_base import Rewrite, Skip
+from fxopt.quantizers.base import Quantizer
 from fxopt.quantizers.layers import Layers, find_layers
-from fxopt.quantizers.sensitivity import LayerLoss, Weights, layer_losses, leave_out
+from fxopt.quantizers.sensitivity import Units
 from fxopt.quantizers.weights import WeightCodes, WeightRounding
 from fxopt.rounding import Rounding
 
@@ -32,7 +33,7 @@ _OTHERS = "holds its weights in float32 only"
 
 
 @dataclass(frozen=True)
-class WeightOnlyQuantizer:
+class WeightOnlyQuantizer(Quantizer):
     """Plans and applies weight-only quantization.
 
     Attributes:
@@ -51,47 +52,23 @@ class WeightOnlyQuantizer:
     min_sqnr_db: float | None
     ignore: tuple[str, ...]
 
-    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
-        """One decision per weight.
-
-        Raises:
-            InputError: if no weight can be held as integers.
-        """
+    def candidates(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         found = self._layers(program)
-        yield from found.left
-        for node in program.nodes:
-            if program.op(node) == "embedding":
-                yield Skip(node.name, f"embedding {_OTHERS}")
-        weights = found.names
-        if self.min_sqnr_db is not None:
-            yield from leave_out(program, weights, self._quantized, self.min_sqnr_db)
-        yield from self._decisions(program, weights)
+        embeddings = [node.name for node in program.nodes if program.op(node) == "embedding"]
+        return found.names, [*found.left, *(Skip(name, f"embedding {_OTHERS}") for name in embeddings)]
 
-    def losses(self, program: Program) -> list[LayerLoss]:
-        """What each layer costs when it alone is quantized, the worst first.
-
-        Raises:
-            InputError: as `plan`, or if there are no calibration data.
-        """
-        return layer_losses(program, self._layers(program).names, self._quantized)
-
-    def _decisions(self, program: Program, weights: Weights) -> Iterator[Rewrite]:
-        for names in weights:
+    def decisions(self, program: Program, units: Units) -> Iterator[Rewrite]:
+        """One per weight."""
+        for names in units:
             paths = ", ".join(sorted({str(program.node(name).target) for name in names}))
             yield Rewrite(names[0], f"{self.weight_bits}-bit weights of {paths}", {"layers": list(names)})
 
-    def _quantized(self, program: Program, weights: Weights) -> Program:
-        """A copy in which layers with some weights are quantized."""
-        for names in weights:
-            # in two runs for all; copies know what their original knew
+    def round_ahead(self, program: Program) -> None:
+        for names in self._layers(program).names:
             self._codes(program, names)
-        found = program.copy()
-        for decision in self._decisions(program, weights):
-            self.apply(found, decision)
-        return found
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
-        """Has layers read one weight as integers; what it becomes is no part of the plan."""
+        """Has layers read one weight as integers."""
         original = original_of(program)
         self._quantize(program, original, rewrite.params)
         keep_original(program, original)
