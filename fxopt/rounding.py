@@ -30,6 +30,7 @@ __all__ = ["Rounded", "Rounding", "rounded"]
 Rounding = Literal["nearest", "adaround", "gptq"]
 
 _SHRINKS = [1 - step / 50 for step in range(20)]  # of the range of an output's weights: down to 0.62
+_FEW = 64  # values of one sign: with more of them, GPTQ leaves nothing that a descent would be worth
 _SWEEPS = 8  # of the descent
 _STILL = 1e-3  # share of integers that move in a sweep, at which it ends
 _AT_ONCE = 2**16  # weights whose scales are looked for together: they stay in the cache
@@ -83,11 +84,9 @@ def rounded(
     if how != "nearest" and patches is not None:
         covariance = torch.stack([ridge(part, patches.noise) for part in patches.covariance])
         if how == "gptq":
-            codes = _descended(
-                weight, places, limits, covariance, _gptq(weight, places, limits, covariance), within_a_step=False
-            )
-        else:
-            codes = _descended(weight, places, limits, covariance, nearest, within_a_step=True)
+            codes = _gptq(weight, places, limits, covariance)
+        if how == "adaround" or limits.largest < _FEW:
+            codes = _descended(weight, places, limits, covariance, codes, within_a_step=how == "adaround")
     offset = weight.new_zeros(weight.shape[0] * weight.shape[2])
     if patches is not None:
         offset = (patches.mean.unsqueeze(1) @ (weight - codes * places)).reshape(-1)
