@@ -2,12 +2,16 @@
 
     W = s q + error,   one s for each output, or for each block of the places of an output
 
-A scale is the one, of some that cut off its largest weights, whose rounding loses the least. "nearest"
-rounds each weight by itself. "gptq" rounds one place of the patch after another, and lets those that are left make up
-for what was lost at the places before (GPTQ, arXiv:2210.17323; Optimal Brain Surgeon for rounding): with U the upper
-Cholesky factor of the inverse of the patches' covariance,
+A scale is the one, of some that cut off its largest weights, whose rounding loses the least. With C the covariance of
+the patches, what rounding loses of the outputs is the error's e' C e:
 
-    e = (w_i - s q_i) / U_ii,     w_j -= e U_ij  for j > i.
+    nearest     looks at each weight by itself
+    adaround    rounds each weight up or down (the problem of AdaRound, arXiv:2004.10568), solved by descent: one place
+                after the other gets the integer that is best given all others
+    gptq        rounds one place after the other, and lets those that are left make up for what was lost at the places
+                before (GPTQ, arXiv:2210.17323; Optimal Brain Surgeon for rounding): with U the upper Cholesky factor of
+                the inverse of C,  e = (w_i - s q_i) / U_ii,  w_j -= e U_ij  for j > i. Weights of few bits then descend,
+                by more than a step if that is best
 
 A weight that is zero stays so. What is lost on average is no business of the weights: the bias takes it up
 (arXiv:1906.04721).
