@@ -9,9 +9,9 @@ the patches, what rounding loses of the outputs is the error's e' C e:
     adaround    rounds each weight up or down (the problem of AdaRound, arXiv:2004.10568), solved by descent: one place
                 after the other gets the integer that is best given all others
     gptq        rounds one place after the other, and lets those that are left make up for what was lost at the places
-                before (GPTQ, arXiv:2210.17323; Optimal Brain Surgeon for rounding): with U the upper Cholesky factor of
-                the inverse of C,  e = (w_i - s q_i) / U_ii,  w_j -= e U_ij  for j > i. Weights of few bits then descend,
-                by more than a step if that is best
+                before (GPTQ, arXiv:2210.17323; Optimal Brain Surgeon for rounding): with U the upper Cholesky factor
+                of the inverse of C,  e = (w_i - s q_i) / U_ii,  w_j -= e U_ij  for j > i. Weights of few bits then
+                descend, by more than a step if that is best
 
 A weight that is zero stays so. What is lost on average is no business of the weights: the bias takes it up
 (arXiv:1906.04721).
