@@ -66,7 +66,7 @@ def test_pruning_is_compared_at_equal_macs_raw_reestimated_and_fine_tuned(tmp_pa
 def test_accuracy_takes_a_trained_network(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     nowhere = str(tmp_path / "none.safetensors")
     assert main(["prune_accuracy", "--checkpoint", nowhere]) == 2
-    assert "python -m benchmarks.fashion_mnist trains it" in capsys.readouterr().err
+    assert "python -m benchmarks.fashion_mnist --network resnet14 trains it" in capsys.readouterr().err
 
 
 def measured_row(side: str, name: str, reestimated: float, finetuned: float | None = None, images: int = 10) -> Row:
