@@ -273,7 +273,7 @@ def test_ranges_are_those_that_leave_the_outputs_closest(model: nn.Module, batch
         program = quantized(model, batches, observer=observer, equalize="off")
         with torch.no_grad():
             found[observer] = sqnr(model(data), program.module(data))
-    assert found["auto"] > max(found.values()) - 1.5  # weights add noise of their own
+    assert found["auto"] > max(found.values()) - 0.5
     assert ranges("auto") in [ranges(observer) for observer in ("mse", "percentile", "minmax")]
 
 
