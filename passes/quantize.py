@@ -63,8 +63,7 @@ class Quantize(Pass):
         weight_bits: of a weight, 8 or 4.
         group_size: how many inputs of an output of a linear layer share a scale, a power of two from 16; None: all;
             "auto" is 32 for weights of 4 bits, and None for others.
-        observer: how ranges of activations are chosen: "minmax", "percentile", "mse" or "entropy"; "auto" is the one
-            of the first three that leaves the outputs, on calibration data, closest to what they were.
+        observer: how ranges of activations are chosen: "minmax", "percentile", "mse" or "entropy"; "auto" is "mse".
         round: how weights are rounded: "nearest"; "adaround", up or down as is best for what the layer gives; or
             "gptq", which lets weights make up for each other by more than a step. The last two take calibration data;
             "auto" is "gptq" where there are some.
@@ -151,7 +150,7 @@ class Quantize(Pass):
             )
         kind = AwareQuantizer if self.mode == "qat" else StaticQuantizer
         return kind(
-            observer=self.observer,
+            observer="mse" if self.observer == "auto" else self.observer,
             round=rounding,
             weight_bits=self.weight_bits,
             per_channel=self.per_channel,

@@ -5,7 +5,7 @@ The noises of layers nearly add up, so that leaving out those that are worst by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -20,7 +20,7 @@ from fxopt.randomness import fixed_random_state
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["LayerLoss", "Units", "layer_losses", "leave_out", "ratios"]
+__all__ = ["LayerLoss", "Units", "layer_losses", "leave_out"]
 
 Units = Sequence[Sequence[str]]
 """What is quantized or not as a whole: the nodes that call layers which share a weight, by name; or one product."""
@@ -67,17 +67,6 @@ def layer_losses(program: Program, units: Units, quantized: Quantized) -> list[L
             found.append(LayerLoss(tuple(names), path, noise))
             advance(1)
     return sorted(found, key=lambda item: item.sqnr_db)
-
-
-def ratios(program: Program, others: Iterable[Program]) -> list[float]:
-    """How far each of some programs is from this one: signal to noise ratio of its outputs, in decibel.
-
-    Raises:
-        InputError: if there are no calibration data.
-    """
-    batches = _samples(program)
-    expected = _outputs(program, batches)
-    return [_sqnr(expected, _outputs(other, batches)) for other in others]
 
 
 def leave_out(program: Program, units: list[list[str]], quantized: Quantized, floor: float) -> list[Skip]:

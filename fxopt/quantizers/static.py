@@ -12,7 +12,7 @@ held as integers: eager execution simulates what an engine computes with integer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -20,7 +20,6 @@ from torch import Tensor, fx
 
 from fxopt import edit
 from fxopt.analysis.integer_regions import integer_regions
-from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.originals import keep_original, original_of
 from fxopt.analysis.value_spreads import Observer, affine_of, value_spreads
 from fxopt.equalization import Equalization, equalizations, scale_channels
@@ -28,12 +27,11 @@ from fxopt.errors import InputError, PassError
 from fxopt.held_weight import call_with
 from fxopt.integer_scheme import INT32
 from fxopt.passes_base import Rewrite, Skip, listed
-from fxopt.progress import progress
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
 from fxopt.quantizers.base import Quantizer
 from fxopt.quantizers.layers import find_layers
 from fxopt.quantizers.products import ATTENTION, Products, find_products, operands, quantize_attention
-from fxopt.quantizers.sensitivity import Units, ratios
+from fxopt.quantizers.sensitivity import Units
 from fxopt.quantizers.weights import WeightRounding
 from fxopt.rounding import Rounding
 
@@ -44,10 +42,6 @@ __all__ = ["KERNELS", "Equalize", "StaticQuantizer", "integer_bias"]
 
 Equalize = Literal["auto", "off"]
 
-_OBSERVERS: tuple[Observer, ...] = ("mse", "percentile", "minmax")
-"""What "auto" tries, with weights in floating point. Measured so, "entropy" was far off: mobilenet_v2 4.4 dB where the
-others leave 12, the ResNet-14 of the benchmarks 8.7 for 40."""
-
 KERNELS = frozenset({"conv1d", "conv2d", "conv3d", "linear"})
 
 
@@ -56,7 +50,7 @@ class StaticQuantizer(Quantizer):
     """Plans and applies static quantization.
 
     Attributes:
-        observer: how ranges of activations are chosen; "auto" takes what leaves the outputs closest to what they were.
+        observer: how ranges of activations are chosen.
         round: how weights are rounded.
         weight_bits: of a weight.
         per_channel: whether each output of a layer has a scale of its own.
@@ -66,7 +60,7 @@ class StaticQuantizer(Quantizer):
         min_sqnr_db: ratio of signal to noise of the outputs that is reached by leaving the worst layers as they are.
     """
 
-    observer: Observer | Literal["auto"]
+    observer: Observer
     round: Rounding
     weight_bits: int
     per_channel: bool
@@ -109,12 +103,11 @@ class StaticQuantizer(Quantizer):
         wanted = [name for name in regions.readers if name not in regions.same]
         wanted += [source.name for node in attention for source in operands(program, node).values()]
         spreads = value_spreads(program, wanted)
-        observer = self._observer(program)
         affines: dict[str, Affine] = {}
         for name, readers in regions.readers.items():
             same = regions.same.get(name)
             scheme = program.scheme.activations
-            affines[name] = affine_of(spreads[name], scheme, observer) if same is None else affines[same]
+            affines[name] = affine_of(spreads[name], scheme, self.observer) if same is None else affines[same]
             low, high = affines[name].range
             yield Rewrite(
                 name,
@@ -123,7 +116,7 @@ class StaticQuantizer(Quantizer):
             )
         for node in attention:
             found = {
-                name: affine_of(spreads[source.name], program.scheme.activations, observer)
+                name: affine_of(spreads[source.name], program.scheme.activations, self.observer)
                 for name, source in operands(program, node).items()
             }
             yield Rewrite(
@@ -141,28 +134,6 @@ class StaticQuantizer(Quantizer):
             )
             paths = ", ".join(sorted({str(layer.target) for layer in layers}))
             yield Rewrite(names[0], f"{self.weight_bits}-bit weights of {paths}", {"layers": list(names), **read})
-
-    def _observer(self, program: Program) -> Observer:
-        """The observer for a prepared program; what "auto" finds is kept with it."""
-        if self.observer != "auto":
-            return self.observer
-        known = measured(program, _best_observer)
-        if known is not None:
-            return known
-        units, _ = self.candidates(program)
-        trials = []
-        with progress("comparing ranges", len(_OBSERVERS), "observers") as advance:
-            for observer in _OBSERVERS:
-                trial = program.copy()
-                for decision in replace(self, observer=observer).decisions(program, units):
-                    if "layers" not in decision.params:
-                        self.apply(trial, decision)
-                trials.append(trial)
-                advance(1)
-        found = ratios(program, trials)
-        best = _OBSERVERS[found.index(max(found))]
-        keep(program, _best_observer, cast("Observer | None", best))
-        return best
 
     def _weights(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         if program.calibration is None:
@@ -226,11 +197,6 @@ class StaticQuantizer(Quantizer):
             if bias is None and (layer.bias is not None or bool(found.offset.any())):
                 edit.set_tensor(program, first, "bias", whole.to(layer.weight.dtype))
         call_with(program, layers, QuantizedTensor(found.codes, found.scale), bias)
-
-
-def _best_observer(_: Program) -> Observer | None:
-    """What was found to be best."""
-    return None
 
 
 def _decision(found: Equalization) -> Rewrite:
