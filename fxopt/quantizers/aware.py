@@ -71,8 +71,7 @@ class AwareQuantizer(StaticQuantizer):
         rounding = self._rounding(program)
         found = rounding.of(original, params["layers"], self._weights(original)[0])
         if len(layers) == 1 and (layer.bias is not None or bool(found.offset.any())):
-            whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
-            edit.set_tensor(program, layers[0], "bias", whole.to(layer.weight.dtype))
+            edit.set_tensor(program, layers[0], "bias", found.bias(layer.bias).to(layer.weight.dtype))
         weight = nn.Parameter(_rounds_to(layer.weight.detach(), found), requires_grad=layer.weight.requires_grad)
         scale = (found.scale if self.per_channel else found.scale[:1]).to(weight.device)
         call_with(program, layers, FakeQuantizedWeight(weight, scale, rounding.bits, mask_of(layer)))

@@ -96,8 +96,8 @@ class DynamicQuantizer(Quantizer):
                 continue  # called before
             bias = module.bias
             if len(layers) == 1 and bool(found.offset.any()):
-                whole = found.offset if bias is None else bias.detach().double() + found.offset
-                bias = nn.Parameter(whole.to(module.weight.dtype), requires_grad=module.weight.requires_grad)
+                whole = found.bias(bias).to(module.weight.dtype)
+                bias = nn.Parameter(whole, requires_grad=module.weight.requires_grad)
             edit.set_module(program, layer, DynamicLinear(codes, found.scale, bias))
 
     def _codes(self, original: Program, names: Sequence[str]) -> WeightCodes:

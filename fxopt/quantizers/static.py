@@ -190,7 +190,7 @@ class StaticQuantizer(Quantizer):
         found = self._rounding(original).of(original, params["layers"], self._weights(original)[0])
         bias = None
         if len(layers) == 1:
-            whole = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
+            whole = found.bias(layer.bias)
             if program.op(first) == "linear" and "input" in params:
                 # a linear layer that gives floating numbers has an integer kernel only with a bias of integers
                 bias = integer_bias(whole, found.scale, Affine.from_json(params["input"]))

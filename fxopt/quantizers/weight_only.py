@@ -78,8 +78,7 @@ class WeightOnlyQuantizer(Quantizer):
         layer = cast("Any", program.module_of(layers[0]))
         found = self._codes(original, params["layers"])
         if len(layers) == 1 and bool(found.offset.any()):
-            bias = found.offset if layer.bias is None else layer.bias.detach().double() + found.offset
-            edit.set_tensor(program, layers[0], "bias", bias.to(layer.weight.dtype))
+            edit.set_tensor(program, layers[0], "bias", found.bias(layer.bias).to(layer.weight.dtype))
         call_with(
             program,
             layers,

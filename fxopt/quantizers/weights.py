@@ -41,6 +41,10 @@ class WeightCodes:
     scale: Tensor
     offset: Tensor
 
+    def bias(self, old: Tensor | None) -> Tensor:
+        """The bias that takes it up, float64[outputs], given the layer's own."""
+        return self.offset if old is None else old.detach().double() + self.offset
+
 
 @dataclass(frozen=True)
 class WeightRounding:
