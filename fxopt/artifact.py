@@ -12,41 +12,47 @@ earlier releases read.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib import metadata
-from pathlib import Path, PurePosixPath
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 from fxopt.backend import Backend, Engine, TensorSpec
 from fxopt.errors import ArtifactError, first_line
-from fxopt.packing import SUFFIX, pack, unpack
+from fxopt.packing import pack
 from fxopt.report import Report
+from fxopt.saved_folder import (
+    AGAIN,
+    DIGEST,
+    FORMAT,
+    FORMAT_VERSION,
+    MANIFEST_FILE,
+    REPORT_FILE,
+    SPARE,
+    body_digest,
+    checked,
+    engine_files,
+    explained,
+    read_json,
+    read_manifest,
+    resolved,
+    sha256,
+    spare_folders,
+)
 from fxopt.signature import Signature
 from fxopt.target import Target
 
 __all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_FILE", "REPORT_FILE", "Manifest", "read", "unpacked", "write"]
 
-FORMAT = "fxopt"
-FORMAT_VERSION = 2
-MANIFEST_FILE = "manifest.json"
-REPORT_FILE = "report.json"
-
 _PLAIN_VERSION = 1  # without compressed files
 _RECORDED_PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime")
-_CHUNK = 1 << 20
-_AGAIN = "save the engine again"
-_DIGEST = "sha256"
-_SPARE = re.compile(r"\.fxopt-[0-9a-f]{8}\.(saving|old)")
 
 
 @dataclass(frozen=True)
@@ -109,8 +115,8 @@ def write(
     Raises:
         ArtifactError: if the place is taken by something else, or cannot be written.
     """
-    place = _resolved(Path(directory))
-    with _explained(f"cannot save to {place}", "give write access or make room there, or choose another place"):
+    place = resolved(Path(directory))
+    with explained(f"cannot save to {place}", "give write access or make room there, or choose another place"):
         _refuse_foreign(place)
         exists = place.exists()
         if not exists:
@@ -156,22 +162,10 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
     Raises:
         ArtifactError: saying what is missing, altered or foreign, and what to do.
     """
-    place = Path(directory)
-    with _explained(f"cannot read {place}", "check that you may read the folder and all in it"):
-        data = _read_manifest(place)
-        _check_digest(place, data)
-        files = _files(place, data, "files")
-        packed = _files(place, data, "packed") if "packed" in data else {}
-        missing = next((name for name in packed if name + SUFFIX not in files), None)
-        if missing is not None:
-            raise ArtifactError(f"{place / MANIFEST_FILE} does not list {missing}{SUFFIX}: {_AGAIN}")
-        for name, (size, digest) in files.items():
-            _verify(place, name, size, digest)
-        if REPORT_FILE not in files:
-            raise ArtifactError(
-                f"{place / MANIFEST_FILE} does not list {REPORT_FILE}: the folder is incomplete; {_AGAIN}"
-            )
-        report = _read_json(place / REPORT_FILE)
+    saved = checked(Path(directory))
+    place, data = saved.place, saved.data
+    with explained(f"cannot read {place}", "check that you may read the folder and all in it"):
+        report = read_json(place / REPORT_FILE)
     try:
         signature = Signature.from_json(data["signature"])
         return Manifest(
@@ -184,13 +178,13 @@ def read(directory: str | os.PathLike[str]) -> Manifest:
             versions=_checked_versions(data["versions"]),
             info=_info(data["engine"]),
             created=_text(data["created"]),
-            files=files,
-            packed=packed,
+            files=saved.files,
+            packed=saved.packed,
         )
     except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RecursionError) as error:
         raise ArtifactError(
             f"{place}: {MANIFEST_FILE} or {REPORT_FILE} lacks an entry or has a wrong one "
-            f"({type(error).__name__}: {first_line(error)}); {_AGAIN}"
+            f"({type(error).__name__}: {first_line(error)}); {AGAIN}"
         ) from error
 
 
@@ -201,32 +195,8 @@ def unpacked(directory: str | os.PathLike[str], manifest: Manifest) -> Iterator[
     Raises:
         ArtifactError: if a compressed file does not hold what the manifest says.
     """
-    place = Path(directory)
-    if not manifest.packed:
-        yield place
-        return
-    with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
-        with _explained(f"cannot unpack {place}", "make room in the folder for temporary files, or set TMPDIR"):
-            for name, (size, digest) in manifest.packed.items():
-                unpack(place / f"{name}{SUFFIX}", Path(folder) / name, size, digest)
-        yield Path(folder)
-
-
-@contextmanager
-def _explained(what: str, advice: str) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ArtifactError(f"{what}: {first_line(error)}; {advice}") from error
-
-
-def _resolved(path: Path) -> Path:
-    try:
-        return path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # no working folder, links in a circle, a name with a NUL
-        raise ArtifactError(
-            f"{path} leads nowhere ({first_line(error)}): pass the full path of a folder that can exist"
-        ) from error
+    with engine_files(Path(directory), manifest.packed) as folder:
+        yield folder
 
 
 def _text(value: Any) -> str:
@@ -267,14 +237,14 @@ def _refuse_foreign(place: Path) -> None:
         raise ArtifactError(f"{place} exists and is not a folder: choose another place")
     if not place.exists():
         return
-    spares = _spares(place)
+    spares = spare_folders(place)
     if len(spares) == sum(1 for _ in place.iterdir()):
         return
     listed: set[str] = set()
     known = False
     for folder in (place, *spares):  # a save that was killed has left the manifest in a spare folder
         with suppress(ArtifactError):
-            files = _read_manifest(folder, any_version=True).get("files")
+            files = read_manifest(folder, any_version=True).get("files")
             listed.update(files if isinstance(files, dict) else ())
             known = True
     if not known:
@@ -283,7 +253,7 @@ def _refuse_foreign(place: Path) -> None:
         )
     ours = {MANIFEST_FILE, REPORT_FILE, *listed}
     found = sorted(path.relative_to(place) for path in place.rglob("*") if path.is_symlink() or not path.is_dir())
-    others = [path.as_posix() for path in found if path.as_posix() not in ours and not _SPARE.fullmatch(path.parts[0])]
+    others = [path.as_posix() for path in found if path.as_posix() not in ours and not SPARE.fullmatch(path.parts[0])]
     if others:
         raise ArtifactError(
             f"{place} also holds {', '.join(others[:3])}, which fxopt did not write: "
@@ -295,15 +265,10 @@ def _spare_name(use: str) -> str:
     return f".fxopt-{secrets.token_hex(4)}.{use}"
 
 
-def _spares(place: Path) -> list[Path]:
-    """The folders of saves that are under way or were killed."""
-    return [path for path in place.iterdir() if _SPARE.fullmatch(path.name)]
-
-
 def _exchange(draft: Path, place: Path) -> None:
     """Exchanges what is in a folder for what is in the draft. Whatever interrupts it, the old contents come back."""
     aside = place / _spare_name("old")
-    moves = [(path, aside / path.name) for path in place.iterdir() if not _SPARE.fullmatch(path.name)]
+    moves = [(path, aside / path.name) for path in place.iterdir() if not SPARE.fullmatch(path.name)]
     # The manifest comes last: a folder that has one is complete.
     fresh = sorted(draft.iterdir(), key=lambda path: path.name == MANIFEST_FILE)
     moves += [(path, place / path.name) for path in fresh]
@@ -320,45 +285,8 @@ def _exchange(draft: Path, place: Path) -> None:
         with suppress(OSError):
             aside.rmdir()
         raise
-    for spare in _spares(place):
+    for spare in spare_folders(place):
         shutil.rmtree(spare, ignore_errors=True)
-
-
-def _read_manifest(place: Path, *, any_version: bool = False) -> dict[str, Any]:
-    if not place.is_dir():
-        raise ArtifactError(f"{place} is not a folder: pass the folder that save() wrote")
-    path = place / MANIFEST_FILE
-    if not path.is_file():
-        for spare in _spares(place):
-            if spare.suffix == ".old" and (spare / MANIFEST_FILE).is_file():
-                raise ArtifactError(
-                    f"{place} was being saved to when it was interrupted; what was there before is in {spare.name}: "
-                    f"load that, or {_AGAIN}"
-                )
-        raise ArtifactError(f"{place} has no {MANIFEST_FILE}: it is incomplete, or was not written by fxopt")
-    data = _read_json(path)
-    if data.get("format") != FORMAT:
-        raise ArtifactError(
-            f"{path} is of format {data.get('format')!r}, not {FORMAT!r}: pass the folder that save() wrote"
-        )
-    version = data.get("format_version")
-    if type(version) is not int:
-        raise ArtifactError(f"{path} has the format version {version!r}, which is not a number; {_AGAIN}")
-    if version > FORMAT_VERSION and not any_version:
-        raise ArtifactError(
-            f"{path} has format version {version}, this fxopt reads up to {FORMAT_VERSION}: upgrade fxopt, or {_AGAIN}"
-        )
-    return data
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ArtifactError(f"{path} is not readable JSON ({error}): it is damaged; {_AGAIN}") from error
-    if not isinstance(data, dict):
-        raise ArtifactError(f"{path} holds a {type(data).__name__}, not an object: it is damaged; {_AGAIN}")
-    return cast("dict[str, Any]", data)
 
 
 def _write_json(path: Path, data: Mapping[str, Any]) -> None:
@@ -366,67 +294,15 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _signed(body: Mapping[str, Any]) -> dict[str, Any]:
-    return {**body, _DIGEST: _body_digest(body)}
-
-
-def _body_digest(body: Mapping[str, Any]) -> str:
-    # Through JSON once, as reading does: it turns tuples into lists and all keys into text.
-    plain = json.loads(json.dumps(body))
-    return hashlib.sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode("ascii")).hexdigest()
-
-
-def _check_digest(place: Path, data: Mapping[str, Any]) -> None:
-    body = {key: value for key, value in data.items() if key != _DIGEST}
-    if data.get(_DIGEST) != _body_digest(body):
-        raise ArtifactError(
-            f"{place / MANIFEST_FILE} was altered since it was saved (its own SHA-256 differs); "
-            f"copy it again, or {_AGAIN}"
-        )
+    return {**body, DIGEST: body_digest(body)}
 
 
 def _listing(folder: Path) -> dict[str, Any]:
     return {
-        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": _sha256(path)}
+        path.relative_to(folder).as_posix(): {"size": path.stat().st_size, "sha256": sha256(path)}
         for path in sorted(folder.rglob("*"))
         if path.is_file()
     }
-
-
-def _files(place: Path, data: Mapping[str, Any], entry_name: str) -> dict[str, tuple[int, str]]:
-    listed = data.get(entry_name)
-    if not isinstance(listed, dict):
-        raise ArtifactError(f"{place / MANIFEST_FILE} lists no {entry_name}: the folder is damaged; {_AGAIN}")
-    files: dict[str, tuple[int, str]] = {}
-    for name, entry in listed.items():
-        path = PurePosixPath(name)
-        if path.is_absolute() or ".." in path.parts or "\\" in name or ":" in name or not path.parts:
-            raise ArtifactError(f"{place / MANIFEST_FILE} lists {name!r}, outside the folder: do not trust it")
-        size, digest = (entry.get("size"), entry.get("sha256")) if isinstance(entry, dict) else (None, None)
-        if not isinstance(size, int) or not isinstance(digest, str):
-            raise ArtifactError(f"{place / MANIFEST_FILE} has no size and SHA-256 for {name}: {_AGAIN}")
-        files[name] = (size, digest)
-    return files
-
-
-def _verify(place: Path, name: str, size: int, digest: str) -> None:
-    path = place / name
-    if not _resolved(path).is_relative_to(_resolved(place)):
-        raise ArtifactError(f"{path} leads outside the folder: do not trust it")
-    if not path.is_file():
-        raise ArtifactError(f"{place} lacks the file {name}: copy the whole folder, or save the engine again")
-    actual = path.stat().st_size
-    if actual != size:
-        raise ArtifactError(f"{path} has {actual} bytes instead of {size}: it was cut or altered; copy it again")
-    if _sha256(path) != digest:
-        raise ArtifactError(f"{path} was altered since it was saved (its SHA-256 differs); copy it again, or {_AGAIN}")
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _versions() -> dict[str, str]:
