@@ -15,10 +15,16 @@ if __name__ != "fxopt.lowering":
 if TYPE_CHECKING:
     from fxopt.lowering.eager import EagerBackend
     from fxopt.lowering.onnx import OnnxBackend
+    from fxopt.lowering.tensorrt import TensorrtBackend, TensorrtRtxBackend
 
-__all__ = ["EagerBackend", "OnnxBackend"]
+__all__ = ["EagerBackend", "OnnxBackend", "TensorrtBackend", "TensorrtRtxBackend"]
 
-_HOMES = {"EagerBackend": "eager", "OnnxBackend": "onnx"}
+_HOMES = {
+    "EagerBackend": "eager",
+    "OnnxBackend": "onnx",
+    "TensorrtBackend": "tensorrt",
+    "TensorrtRtxBackend": "tensorrt",
+}
 
 
 def __getattr__(name: str) -> Any:

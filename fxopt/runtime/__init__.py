@@ -1,0 +1,1 @@
+"""What runs saved engines in a process of its own, a file for each kind. None imports torch."""
