@@ -43,7 +43,8 @@ def _precision(layer: Any, held: dict[str, str]) -> str:
     integers = {held.get(item.name, "") for item in read}
     if layer.type.name not in ("QUANTIZE", "DEQUANTIZE") and len(integers) == 1 and "" not in integers:
         return integers.pop()
-    return type_name(layer.get_output(0).dtype)
+    given = layer.get_output(0)
+    return "" if given is None else type_name(given.dtype)  # what says when a loop ends gives nothing
 
 
 def engine_layers(module: Any, engine: Any) -> list[dict[str, str]]:
