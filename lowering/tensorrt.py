@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = ["TensorrtBackend", "TensorrtRtxBackend"]
 
 _MOST = 32
+_TF32_TOLERANCE = 1e-2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,6 @@ class _Tensorrt(Backend):
         opt_batch: the batch that kernels are chosen for; None: the example's.
         max_batch: the largest batch; None: 32, or twice `opt_batch` where that is more.
         workspace_bytes: GPU memory that a layer may use besides its tensors; None: all there is.
-        sparsity: whether layers with two zeros in every four weights may use sparse kernels.
         tf32: whether products of float32 may round what they read to 10 bits of mantissa.
         cuda_graph: whether calls are captured as CUDA graphs, one for each batch size that is met, and replayed.
     """
@@ -64,7 +64,6 @@ class _Tensorrt(Backend):
     opt_batch: int | None = None
     max_batch: int | None = None
     workspace_bytes: int | None = None
-    sparsity: bool = True
     tf32: bool = False
     cuda_graph: bool = False
 
@@ -73,11 +72,13 @@ class _Tensorrt(Backend):
         for name in ("opt_batch", "max_batch", "workspace_bytes"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
-        for name in ("sparsity", "tf32", "cuda_graph"):
+        for name in ("tf32", "cuda_graph"):
             check_flag(name, getattr(self, name))
         given = [size for size in (self.min_batch, self.opt_batch, self.max_batch) if size is not None]
         if given != sorted(given):
             raise ValueError(f"min_batch, opt_batch and max_batch must grow in this order, not {given}")
+        if self.tf32:
+            object.__setattr__(self, "tolerance", _TF32_TOLERANCE)
 
     def unavailable(self) -> str | None:
         if importlib.util.find_spec(self.name) is None:
@@ -98,7 +99,7 @@ class _Tensorrt(Backend):
         lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=True)
         batches = self._batches(program) if lowered.dynamic_batch else None
         inputs = TensorSpec.of_program(program, dynamic_batch=lowered.dynamic_batch)
-        sparse = _sparse_layers(lowered.model) if self.sparsity else ""
+        sparse = self._sparse_layers(lowered.model)
         started = time.perf_counter()
         with nullcontext() if no_gpu(device) else torch.cuda.device(device):
             built = build(
@@ -144,11 +145,13 @@ class _Tensorrt(Backend):
         """Sets the options of a builder's configuration, for as long as it builds."""
         if self.workspace_bytes is not None:
             config.set_memory_pool_limit(module.MemoryPoolType.WORKSPACE, self.workspace_bytes)
-        if sparse:
-            config.set_flag(module.BuilderFlag.SPARSE_WEIGHTS)
         if not self.tf32:
             config.clear_flag(module.BuilderFlag.TF32)
         yield
+
+    def _sparse_layers(self, model: OnnxModel) -> str:
+        """The layers that sparse kernels are allowed for, separated by commas."""
+        return ""
 
     def _batches(self, program: Program) -> Batches:
         from fxopt.lowering.tensorrt_build import Batches
@@ -157,10 +160,10 @@ class _Tensorrt(Backend):
         example = program.batch.size
         best = example if self.opt_batch is None else self.opt_batch
         batches = Batches(self.min_batch, best, max(_MOST, 2 * best) if self.max_batch is None else self.max_batch)
-        if not batches.least <= best <= batches.most:
+        if not batches.least <= min(example, best) <= max(example, best) <= batches.most:
             raise InputError(
-                f"the example's batch of {best} is not between min_batch and max_batch, {batches.least} and "
-                f"{batches.most}: pass opt_batch="
+                f"the example's batch of {example} must be one that the engine takes: it is for {batches.least} to "
+                f"{batches.most} by min_batch and max_batch, and best at {best}"
             )
         return batches
 
@@ -176,6 +179,7 @@ class TensorrtBackend(_Tensorrt):
 
     Attributes, besides those of all flavours:
         optimization_level: how long the builder looks for fast kernels, from 0 to 5; None: its default.
+        sparsity: whether layers with two zeros in every four weights may use sparse kernels.
         timing_cache: file that keeps what was measured for the next build; made where there is none.
         version_compatible: whether later versions of TensorRT can run the engine.
         hardware_compatible: whether all GPUs from Ampere on can run it, not only those of the kind that is here.
@@ -184,6 +188,7 @@ class TensorrtBackend(_Tensorrt):
     name: ClassVar[str] = "tensorrt"
 
     optimization_level: int | None = None
+    sparsity: bool = True
     timing_cache: str | None = None
     version_compatible: bool = False
     hardware_compatible: bool = False
@@ -194,15 +199,23 @@ class TensorrtBackend(_Tensorrt):
             check_choice("optimization_level", self.optimization_level, range(6))
         if self.timing_cache is not None and not isinstance(self.timing_cache, str):
             raise ValueError(f"timing_cache must be the path of a file, or None, not {self.timing_cache!r}")
-        check_flag("version_compatible", self.version_compatible)
-        check_flag("hardware_compatible", self.hardware_compatible)
+        for name in ("sparsity", "version_compatible", "hardware_compatible"):
+            check_flag(name, getattr(self, name))
 
     def unavailable(self) -> str | None:
         return super().unavailable() or no_gpu(torch.device("cuda", 0))
 
+    def _sparse_layers(self, model: OnnxModel) -> str:
+        from fxopt.lowering.onnx_lower import SPARSITY_KEY
+
+        marks = {item.key: item.value for item in model.graph.metadata_props}
+        return str(marks.get(SPARSITY_KEY, "")) if self.sparsity else ""
+
     @contextmanager
     def _configured(self, module: Any, config: Any, *, sparse: bool) -> Iterator[None]:
         with super()._configured(module, config, sparse=sparse):
+            if sparse:
+                config.set_flag(module.BuilderFlag.SPARSE_WEIGHTS)
             if self.optimization_level is not None:
                 config.builder_optimization_level = self.optimization_level
             if self.version_compatible:
@@ -279,13 +292,6 @@ def _output_types(program: Program) -> list[str]:
 
     given = program.analysis(shapes)[program.nodes[-1].name]
     return [str(spec.dtype).removeprefix("torch.") for spec in specs_in(given)]
-
-
-def _sparse_layers(model: OnnxModel) -> str:
-    """The layers that have two zeros in every four weights, separated by commas."""
-    from fxopt.lowering.onnx_lower import SPARSITY_KEY
-
-    return next((item.value for item in model.graph.metadata_props if item.key == SPARSITY_KEY), "")
 
 
 def _checked_info(info: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:

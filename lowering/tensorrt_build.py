@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 __all__ = ["Batches", "Built", "build"]
 
 
+_LONGEST = 500  # characters of a reason
+
+
 class Batches(NamedTuple):
     """Batch sizes: the smallest, the one that kernels are chosen for, and the largest."""
 
@@ -80,8 +83,8 @@ def build(
         with configured(config):
             plan = builder.build_serialized_network(network, config)
         if plan is None:
-            reason = "; ".join(dict.fromkeys(errors)) or "no reason given"
-            raise BackendError(f"{module.__name__} cannot build the engine: {reason}")
+            advice = "" if batches is None else ". With dynamic_batch=False it may: the batch is then the example's"
+            raise BackendError(f"{module.__name__} cannot build the engine: {_told(errors)}{advice}")
         return Built(bytes(plan), outputs, network_layers(network))
 
 
@@ -95,6 +98,12 @@ def _parse(module: Any, network: Any, model: OnnxModel, folder: Path) -> None:
         f"{item.node_name() or 'the model'} ({item.node_operator()}): {_said(item)}" for item in errors
     )
     raise BackendError(f"{module.__name__} does not take this program: {'; '.join(refused)}")
+
+
+def _told(errors: Sequence[str]) -> str:
+    """What TensorRT told its log, on one line; it may be pages."""
+    text = "; ".join(dict.fromkeys(" ".join(message.split()) for message in errors)) or "no reason given"
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}..."
 
 
 def _said(error: Any) -> str:

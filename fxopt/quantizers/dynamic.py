@@ -59,8 +59,8 @@ class DynamicQuantizer(Quantizer):
     def candidates(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         if program.scheme.activations.low < 0:
             raise InputError(
-                f"quantize(mode='dynamic') makes unsigned integers of what layers read, and "
-                f"{program.target.device} multiplies signed ones: use mode='static' or mode='weight_only'"
+                "quantize(mode='dynamic') makes unsigned integers of what layers read, and "
+                "the kernels that it is for multiply signed ones: use mode='static' or mode='weight_only'"
             )
         found = self._layers(program)
         return found.names, found.left
