@@ -20,7 +20,7 @@ from torch import nn
 import fxopt
 from fxopt import registry
 from fxopt.cli_output import Output, one_line, options_of, options_text, summary_of, summary_of_tensor
-from fxopt.errors import FxoptError, InputError, first_line
+from fxopt.errors import BackendUnavailable, FxoptError, InputError, first_line
 from fxopt.frontends.capture import Frontend
 from fxopt.input_source import as_example_inputs, gather_inputs, parse_input
 from fxopt.model_source import load_model, load_weights
@@ -287,6 +287,9 @@ def run(
     output: Output = context.obj
     with output.progress("loading"):
         compiled = fxopt.load(directory)
+    reason = compiled.engine.cannot_run()
+    if reason is not None:
+        raise BackendUnavailable(f"the engine in {directory} cannot run here: {reason}")
     tensors = gather_inputs(
         compiled.engine.inputs, inputs or [], mean=_numbers("--mean", mean), std=_numbers("--std", std)
     )

@@ -72,15 +72,20 @@ class _Held(NamedTuple):
         return cls(names, four_bit_tensors(program), "packed_weight" in ops.values())
 
 
-def export(program: Program, *, dynamic_batch: bool) -> Exported:
+def export(program: Program, *, dynamic_batch: bool, dequantize: bool = False) -> Exported:
     """The program as ONNX. Input names are those of the signature; output names are made from their paths.
+
+    Args:
+        program: left unchanged.
+        dynamic_batch: whether any batch size is wanted.
+        dequantize: see `spell_integers`.
 
     Raises:
         BackendError: if the exporter fails with a fixed batch too.
     """
     program = legalize(without_masks(program))
     held = _Held.of(program)
-    program = spell_integers(program)
+    program = spell_integers(program, dequantize=dequantize)
     axes = program.batch.inputs if dynamic_batch and program.batch is not None else ()
     if not axes:
         return Exported(_export_or_raise(program, held), False, [])

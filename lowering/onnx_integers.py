@@ -47,8 +47,14 @@ _FLOAT = 1  # onnx.TensorProto.FLOAT
 _FUSED_RANK = 3
 
 
-def spell_integers(program: Program) -> Program:
-    """The program itself if it holds no integers that the exporter does not know, else a copy where it finds them."""
+def spell_integers(program: Program, *, dequantize: bool = False) -> Program:
+    """The program itself if it holds no integers that the exporter does not know, else a copy where it finds them.
+
+    Args:
+        program: left unchanged.
+        dequantize: whether weights of convolutions are said as DequantizeLinear, as those of linear layers always are:
+            TensorRT takes integers for weights nowhere else.
+    """
     names = [node.name for node in program.nodes if isinstance(program.module_of(node), _OURS)]
     if not names:
         return program
@@ -66,7 +72,7 @@ def spell_integers(program: Program) -> Program:
                 for layer in program.node(name).users
                 if len(known[program.call(layer).arguments["input"].name].shape) < _FUSED_RANK
             }
-            _spell_weight(spelled, node, module, flat)
+            _spell_weight(spelled, node, module, flat, _DequantizedFilter if dequantize else _ComputedWeight)
     return spelled
 
 
@@ -93,13 +99,15 @@ def in_four_bits(model: onnx_ir.Model, sizes: Mapping[str, tuple[int, int]]) -> 
         value.dtype, value.shape = onnx_ir.DataType.INT4, onnx_ir.Shape(shape)
 
 
-def _spell_weight(program: Program, node: fx.Node, held: PackedWeight, flat: Container[str]) -> None:
+def _spell_weight(
+    program: Program, node: fx.Node, held: PackedWeight, flat: Container[str], of_convolution: type[PackedWeight]
+) -> None:
     """Spells a weight and the layers that read it; `flat` names those that read a matrix."""
     layers = list(node.users)
     linear = all(program.op(layer) == "linear" for layer in layers)
     # a copy, as biases may be kept inside of the module
     spelled = share_module(held)
-    spelled.__class__ = _DequantizedWeight if linear else _ComputedWeight
+    spelled.__class__ = _DequantizedWeight if linear else of_convolution
     edit.set_module(program, node, spelled)
     for layer in layers if linear else ():
         arguments = program.call(layer).arguments
@@ -130,6 +138,15 @@ class _ComputedWeight(PackedWeight):
     def forward(self) -> Tensor:
         numbers = _node("Cast", [self.codes], torch.float32, (self.places, self.shape[0]), {"to": _FLOAT})
         return (numbers * self.scale).t().reshape(self.shape)
+
+
+class _DequantizedFilter(PackedWeight):
+    """The same, for who dequantizes by nothing but an operator."""
+
+    def forward(self) -> Tensor:
+        operands = [self.codes, self.scale[0]]
+        numbers = _node("DequantizeLinear", operands, torch.float32, (self.places, self.shape[0]), {"axis": 1})
+        return numbers.t().reshape(self.shape)
 
 
 class _Linear(DynamicLinear):

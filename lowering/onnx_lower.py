@@ -36,19 +36,20 @@ class Lowered(NamedTuple):
     seconds: dict[str, float]
 
 
-def onnx_of(program: Program, *, dynamic_batch: bool, optimize: bool) -> Lowered:
+def onnx_of(program: Program, *, dynamic_batch: bool, optimize: bool, dequantize: bool = False) -> Lowered:
     """Exports a program.
 
     Args:
         program: left unchanged.
         dynamic_batch: whether any batch size is wanted.
         optimize: whether onnxoptimizer runs.
+        dequantize: whether all weights that are held as integers are said as DequantizeLinear.
 
     Raises:
         BackendError: if it cannot be exported, or is not valid ONNX.
     """
     started = time.perf_counter()
-    exported = onnx_export.export(program, dynamic_batch=dynamic_batch)
+    exported = onnx_export.export(program, dynamic_batch=dynamic_batch, dequantize=dequantize)
     after_export = time.perf_counter()
     plain = exported.model
     fitting = two_of_four(program)

@@ -96,7 +96,7 @@ class _Tensorrt(Backend):
         from fxopt.lowering.tensorrt_engine import TensorrtEngine
 
         module, device = load_module(self.name), _device(program.target)
-        lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=True)
+        lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=True, dequantize=True)
         batches = self._batches(program) if lowered.dynamic_batch else None
         inputs = TensorSpec.of_program(program, dynamic_batch=lowered.dynamic_batch)
         sparse = self._sparse_layers(lowered.model)
