@@ -19,7 +19,7 @@ from fxopt.backend import tensor_device
 from fxopt.errors import BackendUnavailable, InputError
 from fxopt.frontends.capture import capture
 from fxopt.sharing import share_module
-from fxopt.timing import measure
+from fxopt.timing import measure, whole_call
 
 if TYPE_CHECKING:
     from fxopt.backend import Backend
@@ -92,16 +92,7 @@ class LayerTimes:
     def _turn(self, program: Program, inputs: torch.Tensor) -> Callable[[], object]:
         """Runs the engine of a program once, to the end."""
         engine = self._backend.lower(program, dynamic_batch=False)
-        device = tensor_device(self._target)
-        given = inputs.to(device)
-        if device.type != "cuda":
-            return lambda: engine(given)
-
-        def waiting() -> None:
-            engine(given)
-            torch.cuda.synchronize(device)
-
-        return waiting
+        return whole_call(engine, (inputs.to(tensor_device(self._target)),))
 
 
 def time_ratio(program: Program, before: nn.Module, after: Sequence[nn.Module], source: TensorSpec) -> float:

@@ -10,8 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Timing", "measure"]
+import torch
+
+if TYPE_CHECKING:
+    from fxopt.backend import Engine
+
+__all__ = ["Timing", "measure", "whole_call"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,18 @@ def measure(callables: Mapping[str, Callable[[], object]], *, rounds: int = 30, 
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def whole_call(engine: Engine, inputs: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """Runs an engine once, to the end of what it does on the device of its inputs."""
+    if not any(tensor.is_cuda for tensor in inputs):
+        return lambda: engine(*inputs)
+
+    def waiting() -> None:
+        engine(*inputs)
+        torch.cuda.synchronize(inputs[0].device)
+
+    return waiting
 
 
 def _order(items: Sequence[tuple[str, Callable[[], object]]], turn: int) -> Sequence[tuple[str, Callable[[], object]]]:

@@ -13,12 +13,13 @@ if __name__ != "fxopt.lowering":
     raise ImportError(f"import this package as fxopt.lowering, not as {__name__}")
 
 if TYPE_CHECKING:
+    from fxopt.lowering.auto import AutoBackend
     from fxopt.lowering.eager import EagerBackend
     from fxopt.lowering.onnx import OnnxBackend
 
-__all__ = ["EagerBackend", "OnnxBackend"]
+__all__ = ["AutoBackend", "EagerBackend", "OnnxBackend"]
 
-_HOMES = {"EagerBackend": "eager", "OnnxBackend": "onnx"}
+_HOMES = {"AutoBackend": "auto", "EagerBackend": "eager", "OnnxBackend": "onnx"}
 
 
 def __getattr__(name: str) -> Any:
