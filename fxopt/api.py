@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import threading
 import warnings
 from collections.abc import Iterable, Sequence
@@ -11,25 +10,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from fxopt import artifact
 from fxopt.analysis.identities import is_identity
 from fxopt.backend import Backend, Engine, FixedBatchWarning
-from fxopt.compare import compare
 from fxopt.errors import BackendError, BackendUnavailable, InputError
 from fxopt.frontends.capture import Frontend
 from fxopt.frontends.capture import capture as _capture
 from fxopt.layer_times import LayerTimes
 from fxopt.manager import OnFailure, OnNoMatch, PassManager, Verify
 from fxopt.ops import DROPOUTS, MODE_DEPENDENT
+from fxopt.parity import disagreement
 from fxopt.passes_base import Pass, Plan
 from fxopt.program import Loss, Program
-from fxopt.randomness import fixed_random_state
 from fxopt.registry import make_backend
 from fxopt.report import Report
-from fxopt.sharing import buffers_restored
 from fxopt.signature import CallArguments, Signature
 from fxopt.target import Target
 from fxopt.verify import Reference
@@ -37,9 +33,6 @@ from fxopt.verify import Reference
 __all__ = ["Compiled", "capture", "compile", "explain", "load", "optimize"]
 
 _log = logging.getLogger(__name__)
-_QUANTIZED_TOLERANCE = 0.2
-"""A number in the middle between two integers goes to either in an engine, which the layers behind amplify: measured on
-EfficientNet-Lite0, whose outputs are off by as much as 0.08 for being quantized, 0.02."""
 
 Passes = str | Pass | Sequence[str | Pass]
 
@@ -355,30 +348,15 @@ def _refuse_fake_quantization(program: Program, backend: Backend) -> None:
 
 
 def _check_parity(program: Program, engine: Engine, backend: Backend) -> None:
-    """Compares the engine with the program, on the example inputs and on another batch size if it takes that.
+    """Compares the engine with the program.
 
     Raises:
         BackendError: if they are further apart than rounding explains.
     """
-    reference = Reference.of(program)
-    for inputs, expected in zip(reference.cases, reference.outputs, strict=True):
-        if inputs is not program.example_inputs and not _takes(engine, program, inputs):
-            continue
-        with fixed_random_state(), buffers_restored(program.module):
-            answers = engine(*(tensor.to(engine.device) for tensor in inputs))
-        difference = compare(expected, [answer.to(inputs[0].device) for answer in answers])
-        steps = _QUANTIZED_TOLERANCE if "quantized" in program.properties else 0.0
-        if not difference.within(max(backend.tolerance, reference.tolerance, steps)):
-            raise BackendError(
-                f"the {backend.name} engine answers differently from the program: {difference}. "
-                'verify="structure" compiles it all the same, as is right for a model that draws random numbers; '
-                "please report one that does not."
-            )
-
-
-def _takes(engine: Engine, program: Program, inputs: Sequence[torch.Tensor]) -> bool:
-    """Whether an engine takes the batch of these inputs, which are not those of its program."""
-    if program.batch is None or any(None not in spec.shape for spec in engine.inputs):
-        return False
-    low, high = engine.batch_limits or (0, math.inf)
-    return low <= inputs[program.batch.inputs[0]].shape[0] <= high
+    difference = disagreement(program, engine, backend, Reference.of(program))
+    if difference is not None:
+        raise BackendError(
+            f"the {backend.name} engine answers differently from the program: {difference}. "
+            'verify="structure" compiles it all the same, as is right for a model that draws random numbers; '
+            "please report one that does not."
+        )

@@ -157,6 +157,10 @@ class Backend(ABC):
             BackendUnavailable: if `unavailable()` has a reason.
         """
 
+    def device(self, target: Target) -> torch.device:
+        """Where its engines for a target expect their inputs."""
+        return tensor_device(target)
+
     def scheme(self, target: Target) -> Scheme:
         """Which integers its kernels multiply on a target."""
         return Scheme.of(target)

@@ -18,7 +18,7 @@ from fxopt.analysis.shapes import TensorSpec
 from fxopt.errors import BackendUnavailable, InputError
 from fxopt.frontends.capture import capture
 from fxopt.sharing import share_module
-from fxopt.timing import measure
+from fxopt.timing import measure, whole_call
 
 if TYPE_CHECKING:
     from fxopt.backend import Backend
@@ -95,15 +95,7 @@ class LayerTimes:
         reason = engine.cannot_run()
         if reason is not None:
             raise BackendUnavailable(f"{self._backend.name} cannot measure layers here: {reason}")
-        given, device = inputs.to(engine.device), engine.device
-        if device.type != "cuda":
-            return lambda: engine(given)
-
-        def waiting() -> None:
-            engine(given)
-            torch.cuda.synchronize(device)
-
-        return waiting
+        return whole_call(engine, (inputs,))
 
 
 def time_ratio(program: Program, before: nn.Module, after: Sequence[nn.Module], source: TensorSpec) -> float:

@@ -10,8 +10,14 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-__all__ = ["Timing", "measure"]
+import torch
+
+if TYPE_CHECKING:
+    from fxopt.backend import Engine
+
+__all__ = ["Timing", "measure", "whole_call"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,19 @@ def measure(callables: Mapping[str, Callable[[], object]], *, rounds: int = 30, 
             if turn >= warmup:
                 seconds[name].append(elapsed)
     return {name: Timing(tuple(values)) for name, values in seconds.items()}
+
+
+def whole_call(engine: Engine, inputs: Sequence[torch.Tensor]) -> Callable[[], object]:
+    """Runs an engine once, on inputs that are moved to its device ahead, to the end of what it does there."""
+    given = [tensor.to(engine.device) for tensor in inputs]
+    if engine.device.type != "cuda":
+        return lambda: engine(*given)
+
+    def waiting() -> None:
+        engine(*given)
+        torch.cuda.synchronize(engine.device)
+
+    return waiting
 
 
 def _order(items: Sequence[tuple[str, Callable[[], object]]], turn: int) -> Sequence[tuple[str, Callable[[], object]]]:

@@ -13,13 +13,15 @@ if __name__ != "fxopt.lowering":
     raise ImportError(f"import this package as fxopt.lowering, not as {__name__}")
 
 if TYPE_CHECKING:
+    from fxopt.lowering.auto import AutoBackend
     from fxopt.lowering.eager import EagerBackend
     from fxopt.lowering.onnx import OnnxBackend
     from fxopt.lowering.tensorrt import TensorrtBackend, TensorrtRtxBackend
 
-__all__ = ["EagerBackend", "OnnxBackend", "TensorrtBackend", "TensorrtRtxBackend"]
+__all__ = ["AutoBackend", "EagerBackend", "OnnxBackend", "TensorrtBackend", "TensorrtRtxBackend"]
 
 _HOMES = {
+    "AutoBackend": "auto",
     "EagerBackend": "eager",
     "OnnxBackend": "onnx",
     "TensorrtBackend": "tensorrt",

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from fxopt.backend import Backend, Engine, TensorSpec, tensor_device
+from fxopt.backend import Backend, Engine, TensorSpec
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable, InputError
 from fxopt.integer_scheme import INT8, Scheme
 from fxopt.lowering.tensorrt_device import no_gpu
@@ -85,6 +85,10 @@ class _Tensorrt(Backend):
             return f"{self.name} not installed: pip install {PACKAGES[self.name]}"
         return None
 
+    def device(self, target: Target) -> torch.device:
+        found = super().device(target)
+        return found if found.type == "cuda" else torch.device("cuda", 0)
+
     def scheme(self, target: Target) -> Scheme:
         """Signed and symmetric, whatever the target: its engines run on no CPU. Biases stay floating numbers."""
         return Scheme(INT8, INT8, adds_pairs=False, integer_biases=False)
@@ -95,7 +99,7 @@ class _Tensorrt(Backend):
         from fxopt.lowering.tensorrt_build import build
         from fxopt.lowering.tensorrt_engine import TensorrtEngine
 
-        module, device = load_module(self.name), _device(program.target)
+        module, device = load_module(self.name), self.device(program.target)
         lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=True, dequantize=True)
         batches = self._batches(program) if lowered.dynamic_batch else None
         inputs = TensorSpec.of_program(program, dynamic_batch=lowered.dynamic_batch)
@@ -137,7 +141,7 @@ class _Tensorrt(Backend):
             raise ArtifactError(f"{path} holds the engine and cannot be read: {error}") from error
         info = _checked_info(manifest.info, self.name, path)
         return TensorrtEngine(
-            plan, inputs=manifest.inputs, device=_device(manifest.target), info=info, cuda_graph=self.cuda_graph
+            plan, inputs=manifest.inputs, device=self.device(manifest.target), info=info, cuda_graph=self.cuda_graph
         )
 
     @contextmanager
@@ -279,11 +283,6 @@ def _spoken(name: str) -> str:
     """The compute capability that TensorRT calls SM86: 8.6."""
     digits = name.removeprefix("SM")
     return f"{digits[:-1]}.{digits[-1]}"
-
-
-def _device(target: Target) -> torch.device:
-    found = tensor_device(target)
-    return found if found.type == "cuda" else torch.device("cuda", 0)
 
 
 def _output_types(program: Program) -> list[str]:

@@ -20,7 +20,7 @@ ROWS = TensorSpec((4, 8), torch.float32)
 def test_a_ratio_is_that_of_the_times() -> None:
     times = LayerTimes(SlowBackend(), Target())
     twice = times.ratio(nn.Linear(8, 8), nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8)), ROWS)
-    assert 1.5 < twice < 2.5
+    assert 1.2 < twice < 2.5
     assert times.ratio(nn.Sequential(nn.Linear(8, 2), nn.Linear(2, 8)), nn.Linear(8, 8), ROWS) < WORTH
 
 

@@ -97,13 +97,36 @@ def test_attention_with_integers(form: str, batches: list[Tensor], tmp_path: Pat
     assert kinds.count("MatMul") <= 2  # the two layers that are ignored
 
 
+def test_shares_have_the_range_of_the_data() -> None:
+    """Of many tokens that look alike, none has a share near 1."""
+
+    class Averaging(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Linear(12, 32)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.embed(x).unsqueeze(1)
+            return F.scaled_dot_product_attention(y, y, y + 1)
+
+    batches = [torch.randn(4, 300, 12, generator=torch.Generator().manual_seed(seed)) / 4 for seed in range(2)]
+    program = quantized(Averaging().eval(), batches, ALONE)
+    (decision,) = [item for item in program.report.passes[-1].rewrites if "attention" in item.params]
+    with torch.no_grad():
+        y = Averaging().embed(batches[0])
+        largest = float((y @ y.transpose(1, 2) / 32**0.5).softmax(-1).max())
+        assert largest < 0.1
+        assert decision.params["attention"]["shares"]["scale"] <= largest / 255
+        assert sqnr(Averaging()(batches[1]), program.module(batches[1])) > 35
+
+
 def test_golden(batches: list[Tensor]) -> None:
     program = quantized(Attention("causal").eval(), batches, ALONE)
     kinds = [program.op(node) for node in program.nodes]
     start = kinds.index("mul")
     assert kinds[start : kinds.index("transpose", kinds.index("softmax"))] == [
-        *("mul", "quantize", "dequantize"),
-        *("transpose", "quantize", "dequantize"),
+        *("mul", "transpose", "quantize", "dequantize", "quantize", "dequantize"),
         *("matmul", "get_attr", "masked_fill", "softmax", "quantize", "dequantize"),
         *("quantize", "dequantize", "matmul"),
     ]

@@ -83,6 +83,7 @@ def test_public_names() -> None:
     # reachable, and not among the names of a star import, which would hide torch's nn
     assert sorted(fxopt.nn.__all__) == ["DepthwiseSeparableConv2d", "InvertedResidual"]
     assert sorted(importlib.import_module("fxopt.lowering").__all__) == [
+        "AutoBackend",
         "EagerBackend",
         "OnnxBackend",
         "TensorrtBackend",

@@ -1,0 +1,58 @@
+"""Whether an engine answers like the program that it was made from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from fxopt.compare import compare
+from fxopt.randomness import fixed_random_state
+from fxopt.sharing import buffers_restored
+
+if TYPE_CHECKING:
+    import torch
+
+    from fxopt.backend import Backend, Engine
+    from fxopt.program import Program
+    from fxopt.verify import Reference
+
+__all__ = ["disagreement"]
+
+_QUANTIZED_TOLERANCE = 0.2
+"""A number in the middle between two integers goes to either in an engine, which the layers behind amplify: measured on
+EfficientNet-Lite0, whose outputs are off by as much as 0.08 for being quantized, 0.02."""
+
+
+def disagreement(program: Program, engine: Engine, backend: Backend, reference: Reference) -> str | None:
+    """How an engine's answers differ from the program's by more than rounding explains; None if they do not.
+
+    They are compared on the example inputs, and on another batch size if the engine takes that.
+
+    Args:
+        program: what was lowered.
+        engine: what came of it.
+        backend: that made the engine.
+        reference: what the program answers.
+
+    Raises:
+        BackendError: if the engine fails.
+    """
+    steps = _QUANTIZED_TOLERANCE if "quantized" in program.properties else 0.0
+    for inputs, expected in zip(reference.cases, reference.outputs, strict=True):
+        if inputs is not program.example_inputs and not _takes(engine, program, inputs):
+            continue
+        with fixed_random_state(), buffers_restored(program.module):
+            answers = engine(*(tensor.to(engine.device) for tensor in inputs))
+        difference = compare(expected, [answer.to(inputs[0].device) for answer in answers])
+        if not difference.within(max(backend.tolerance, reference.tolerance, steps)):
+            return str(difference)
+    return None
+
+
+def _takes(engine: Engine, program: Program, inputs: Sequence[torch.Tensor]) -> bool:
+    """Whether an engine takes the batch of these inputs, which are not those of its program."""
+    if program.batch is None or any(None not in spec.shape for spec in engine.inputs):
+        return False
+    low, high = engine.batch_limits or (0, math.inf)
+    return low <= inputs[program.batch.inputs[0]].shape[0] <= high
