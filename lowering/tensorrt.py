@@ -122,6 +122,7 @@ class _Tensorrt(Backend):
             "batch": None if batches is None else list(batches),
             "bytes": len(built.plan),
             "outputs": built.outputs,
+            "host_code": self._host_code,
             "seconds": lowered.seconds | {"build": time.perf_counter() - started},
             "layers": built.layers,
             "notes": [*lowered.notes, *([f"sparse kernels are allowed for {sparse}"] if sparse else [])],
@@ -152,6 +153,11 @@ class _Tensorrt(Backend):
         if not self.tf32:
             config.clear_flag(module.BuilderFlag.TF32)
         yield
+
+    @property
+    def _host_code(self) -> bool:
+        """Whether plans hold code that runs on the CPU."""
+        return False
 
     def _sparse_layers(self, model: OnnxModel) -> str:
         """The layers that sparse kernels are allowed for, separated by commas."""
@@ -185,7 +191,8 @@ class TensorrtBackend(_Tensorrt):
         optimization_level: how long the builder looks for fast kernels, from 0 to 5; None: its default.
         sparsity: whether layers with two zeros in every four weights may use sparse kernels.
         timing_cache: file that keeps what was measured for the next build; made where there is none.
-        version_compatible: whether later versions of TensorRT can run the engine.
+        version_compatible: whether later versions of TensorRT can run the engine. It then holds a runtime that runs on
+            the CPU: load such engines only from whom you trust.
         hardware_compatible: whether all GPUs from Ampere on can run it, not only those of the kind that is here.
     """
 
@@ -208,6 +215,10 @@ class TensorrtBackend(_Tensorrt):
 
     def unavailable(self) -> str | None:
         return super().unavailable() or no_gpu(torch.device("cuda", 0))
+
+    @property
+    def _host_code(self) -> bool:
+        return self.version_compatible
 
     def _sparse_layers(self, model: OnnxModel) -> str:
         from fxopt.lowering.onnx_lower import SPARSITY_KEY
@@ -311,4 +322,4 @@ def _checked_info(info: Mapping[str, Any], name: str, path: Path) -> Mapping[str
     )
     if info.get("backend") != name or not named or not limited:
         raise ArtifactError(f"the manifest beside {path} does not describe an engine of {name}: save the engine again")
-    return {"notes": [], **info}
+    return {"notes": [], **info, "host_code": info.get("host_code") is True}

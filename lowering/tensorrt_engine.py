@@ -108,7 +108,7 @@ class TensorrtEngine(Engine):
     def _load(self) -> None:
         with self._loading:
             if self._engine is None:
-                engine = deserialize(self._module, self._plan)
+                engine = deserialize(self._module, self._plan, host_code=self._info["host_code"])
                 names = {engine.get_tensor_name(index) for index in range(engine.num_io_tensors)}
                 # what nothing reads may be missing
                 self._feeds = [spec.name if spec.name in names else None for spec in self.inputs]

@@ -95,7 +95,7 @@ class Runner:
             reason = why_invalid(module, plan)
             if reason is not None:
                 raise BackendUnavailable(f"{saved.place}: {reason}")
-            self._engine = deserialize(module, plan)
+            self._engine = deserialize(module, plan, host_code=described.host_code)
             self._context = context_for(
                 module, self._engine, cuda_graph=cuda_graph and hasattr(module, "CudaGraphStrategy")
             )
@@ -116,14 +116,14 @@ class Runner:
             for spec, array in zip(self.inputs, arrays, strict=True):
                 if spec.name in self._names:  # what nothing reads may be missing
                     address = self._buffer(spec.name, array.nbytes)
-                    self._driver.memcpy_htod_async(address, array, self._stream)
+                    self._driver.memcpy_htod_async(address, _bytes_of(array), self._stream)
                     bound = bound and self._context.set_input_shape(spec.name, array.shape)
                     bound = bound and self._context.set_tensor_address(spec.name, int(address))
             results = [self._result(name, dtype) for name, dtype in self._outputs] if bound else []
             if not bound or not self._context.execute_async_v3(self._stream.handle):
                 raise BackendError(f"{self._module.__name__} failed: {'; '.join(errors) or 'no reason given'}")
             for (name, _), result in zip(self._outputs, results, strict=True):
-                self._driver.memcpy_dtoh_async(result, self._memory[name], self._stream)
+                self._driver.memcpy_dtoh_async(_bytes_of(result), self._memory[name].address, self._stream)
             self._stream.synchronize()
         return tuple(results)
 
@@ -183,6 +183,7 @@ class _Described(NamedTuple):
     inputs: tuple[Input, ...]
     outputs: tuple[tuple[str, np.dtype[Any]], ...]
     batch_limits: tuple[int, int] | None
+    host_code: bool
 
     @classmethod
     def of(cls, data: Mapping[str, Any], place: Path) -> _Described:
@@ -206,6 +207,7 @@ class _Described(NamedTuple):
                 ),
                 tuple((str(item["name"]), _numpy_type(item["dtype"])) for item in info["outputs"]),
                 None if limits is None else (int(limits[0]), int(limits[-1])),
+                info["host_code"] is True,
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             raise ArtifactError(
@@ -245,11 +247,16 @@ def check_arrays(specs: Sequence[Input], inputs: Sequence[Any], batch_limits: tu
                 )
 
 
+def _bytes_of(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """The memory of a contiguous array, whatever its type."""
+    return array.reshape(-1).view(np.uint8)
+
+
 def _numpy_type(name: str) -> np.dtype[Any]:
     try:
         return np.dtype(name)
     except TypeError as error:
-        raise ArtifactError(f"numpy has no {name}: fxopt.load runs this engine, with torch") from error
+        raise ArtifactError(f"numpy has no {name}: import ml_dtypes first, which adds it") from error
 
 
 def _driver(device: int) -> Any:

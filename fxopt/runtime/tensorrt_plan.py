@@ -92,14 +92,22 @@ def why_invalid(module: Any, plan: bytes) -> str | None:
     )
 
 
-def deserialize(module: Any, plan: bytes) -> Any:
+def deserialize(module: Any, plan: bytes, *, host_code: bool = False) -> Any:
     """The engine of a plan, on the current device.
+
+    Args:
+        module: the flavour.
+        plan: what was saved.
+        host_code: whether code in the plan may run on the CPU, as it must for a version compatible engine.
 
     Raises:
         BackendError: if this version or this GPU cannot run it.
     """
     with errors_of(module) as errors:
-        engine = module.Runtime(logger(module)).deserialize_cuda_engine(plan)
+        runtime = module.Runtime(logger(module))
+        if host_code:
+            runtime.engine_host_code_allowed = True
+        engine = runtime.deserialize_cuda_engine(plan)
     if engine is None:
         raise BackendError(
             f"{module.__name__} {module.__version__} cannot load the engine: {'; '.join(errors) or 'no reason given'}. "
