@@ -17,7 +17,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,14 +133,14 @@ class _Tensorrt(Backend):
 
     def load(self, directory: Path, manifest: Manifest) -> Engine:
         self._require_available()
-        from fxopt.lowering.tensorrt_engine import TensorrtEngine
+        from fxopt.lowering.tensorrt_engine import TensorrtEngine, checked_info
 
         path = directory / PLAN_FILE
         try:
             plan = path.read_bytes()
         except OSError as error:
             raise ArtifactError(f"{path} holds the engine and cannot be read: {error}") from error
-        info = _checked_info(manifest.info, self.name, path)
+        info = checked_info(manifest.info, self.name, path)
         return TensorrtEngine(
             plan, inputs=manifest.inputs, device=self.device(manifest.target), info=info, cuda_graph=self.cuda_graph
         )
@@ -302,24 +302,3 @@ def _output_types(program: Program) -> list[str]:
 
     given = program.analysis(shapes)[program.nodes[-1].name]
     return [str(spec.dtype).removeprefix("torch.") for spec in specs_in(given)]
-
-
-def _checked_info(info: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
-    """What a manifest says of an engine, with all that is needed to run it.
-
-    Raises:
-        ArtifactError: if something is missing.
-    """
-    outputs, batch = info.get("outputs"), info.get("batch")
-    named = isinstance(outputs, list) and all(
-        isinstance(item, dict)
-        and isinstance(item.get("name"), str)
-        and isinstance(getattr(torch, str(item.get("dtype")), None), torch.dtype)
-        for item in outputs
-    )
-    limited = batch is None or (
-        isinstance(batch, list) and len(batch) == 3 and all(type(size) is int for size in batch)
-    )
-    if info.get("backend") != name or not named or not limited:
-        raise ArtifactError(f"the manifest beside {path} does not describe an engine of {name}: save the engine again")
-    return {"notes": [], **info, "host_code": info.get("host_code") is True}

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 
 from fxopt.backend import Engine, TensorSpec, check_inputs
-from fxopt.errors import BackendError, BackendUnavailable
+from fxopt.errors import ArtifactError, BackendError, BackendUnavailable
 from fxopt.lowering.tensorrt_contexts import Contexts
 from fxopt.lowering.tensorrt_device import no_gpu
 from fxopt.lowering.tensorrt_layers import engine_layers
 from fxopt.runtime.tensorrt_plan import PLAN_FILE, context_for, deserialize, errors_of, load_module, why_invalid
 
-__all__ = ["TensorrtEngine"]
+__all__ = ["TensorrtEngine", "checked_info"]
 
 _PARSED = "layers are those of the network that was parsed: which are fused is known where a GPU loads the engine"
 _ALIGNMENT = 256  # bytes, of the address of a tensor that is bound
@@ -142,3 +142,24 @@ def _bindable(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor, or a copy whose memory TensorRT takes."""
     whole = tensor.detach().contiguous()
     return whole.clone() if whole.data_ptr() % _ALIGNMENT else whole
+
+
+def checked_info(info: Mapping[str, Any], name: str, path: Path) -> Mapping[str, Any]:
+    """What a manifest says of an engine, with all that is needed to run it.
+
+    Raises:
+        ArtifactError: if something is missing.
+    """
+    outputs, batch = info.get("outputs"), info.get("batch")
+    named = isinstance(outputs, list) and all(
+        isinstance(item, dict)
+        and isinstance(item.get("name"), str)
+        and isinstance(getattr(torch, str(item.get("dtype")), None), torch.dtype)
+        for item in outputs
+    )
+    limited = batch is None or (
+        isinstance(batch, list) and len(batch) == 3 and all(type(size) is int for size in batch)
+    )
+    if info.get("backend") != name or not named or not limited:
+        raise ArtifactError(f"the manifest beside {path} does not describe an engine of {name}: save the engine again")
+    return {"notes": [], **info, "host_code": info.get("host_code") is True}

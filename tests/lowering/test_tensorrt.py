@@ -410,6 +410,19 @@ def test_without_a_gpu_layers_are_not_measured() -> None:
         LayerTimes(TensorrtBackend(), Target())
 
 
+def test_auto_leaves_out_engines_for_another_device() -> None:
+    compiled = fxopt.compile(
+        nn.Linear(4, 2).eval(),
+        torch.randn(2, 4),
+        passes=[],
+        backend="auto(candidates=('eager', 'tensorrt_rtx'), rounds=1)",
+    )
+    assert "auto: tensorrt_rtx is out: its engines run on cuda:0, and the target is cpu" in compiled.report.notes
+    auto = make_backend("auto(candidates=('onnx', 'tensorrt_rtx'))")
+    assert auto.scheme(Target()).integer_biases
+    assert not auto.scheme(Target(device="cuda")).integer_biases
+
+
 @without_gpu
 def test_tensorrt_itself_needs_more_than_a_package() -> None:
     reason = TensorrtBackend().unavailable()
