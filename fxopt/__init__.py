@@ -1,12 +1,12 @@
 """fxopt: a graph-rewriting compiler for PyTorch models.
 
 `compile` captures a model, rewrites it with passes that are proven or measured, and lowers it to an engine; `optimize`
-stops before lowering; `capture` gives the program alone; `explain` tells what passes would do; `load` reads a saved
-engine.
+stops before lowering, and `lower` goes on from there; `capture` gives the program alone; `explain` tells what passes
+would do; `load` reads a saved engine.
 """
 
 from fxopt import nn as nn  # as fxopt.nn; not in __all__, as a star import would hide torch's nn
-from fxopt.api import Compiled, capture, compile, explain, load, optimize
+from fxopt.api import Compiled, capture, compile, explain, load, lower, optimize
 from fxopt.backend import Backend, Engine, FixedBatchWarning
 from fxopt.errors import (
     ArtifactError,
@@ -59,5 +59,6 @@ __all__ = [
     "compile",
     "explain",
     "load",
+    "lower",
     "optimize",
 ]

@@ -41,6 +41,7 @@ PUBLIC = [
     "compile",
     "explain",
     "load",
+    "lower",
     "optimize",
 ]
 
@@ -82,7 +83,11 @@ def test_public_names() -> None:
     ]
     # reachable, and not among the names of a star import, which would hide torch's nn
     assert sorted(fxopt.nn.__all__) == ["DepthwiseSeparableConv2d", "InvertedResidual"]
-    assert sorted(importlib.import_module("fxopt.lowering").__all__) == ["EagerBackend", "OnnxBackend"]
+    assert sorted(importlib.import_module("fxopt.lowering").__all__) == [
+        "AutoBackend",
+        "EagerBackend",
+        "OnnxBackend",
+    ]
 
 
 @pytest.mark.parametrize("module", ["fxopt", "fxopt.testing", "fxopt.passes", "fxopt.lowering", "fxopt.registry"])
