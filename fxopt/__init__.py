@@ -1,8 +1,8 @@
 """fxopt: a graph-rewriting compiler for PyTorch models.
 
 `compile` captures a model, rewrites it with passes that are proven or measured, and lowers it to an engine; `optimize`
-stops before lowering; `capture` gives the program alone; `explain` tells what passes would do; `load` reads a saved
-engine.
+stops before lowering, and `lower` goes on from there; `capture` gives the program alone; `explain` tells what passes
+would do; `load` reads a saved engine.
 
 Names resolve when they are first used, so that `fxopt.runtime` runs saved engines where there is no torch.
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fxopt import nn as nn  # as fxopt.nn; not in __all__, as a star import would hide torch's nn
-    from fxopt.api import Compiled, capture, compile, explain, load, optimize
+    from fxopt.api import Compiled, capture, compile, explain, load, lower, optimize
     from fxopt.backend import Backend, Engine, FixedBatchWarning
     from fxopt.errors import (
         ArtifactError,
@@ -66,13 +66,14 @@ __all__ = [
     "compile",
     "explain",
     "load",
+    "lower",
     "optimize",
 ]
 
 _HOMES = {
     name: home
     for home, names in {
-        "fxopt.api": "Compiled capture compile explain load optimize",
+        "fxopt.api": "Compiled capture compile explain load lower optimize",
         "fxopt.backend": "Backend Engine FixedBatchWarning",
         "fxopt.errors": "ArtifactError BackendError BackendUnavailable CaptureError FxoptError InputError "
         "PassError PipelineError RegistryError VerificationError",

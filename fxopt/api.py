@@ -30,7 +30,7 @@ from fxopt.signature import CallArguments, Signature
 from fxopt.target import Target
 from fxopt.verify import Reference
 
-__all__ = ["Compiled", "capture", "compile", "explain", "load", "optimize"]
+__all__ = ["Compiled", "capture", "compile", "explain", "load", "lower", "optimize"]
 
 _log = logging.getLogger(__name__)
 
@@ -158,10 +158,7 @@ def compile(  # noqa: A001 (the name users know from torch)
         PipelineError, PassError, VerificationError: if the passes cannot be run.
         BackendError: if lowering failed, or the engine's answers differ from the program's.
     """
-    chosen = make_backend(backend)
-    reason = chosen.unavailable()
-    if reason is not None:
-        raise BackendUnavailable(f"{chosen.name}: {reason}")
+    chosen = _available(backend)
     manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
     pending = _Pending(model, manager, chosen, calibration, loss, dynamic_batch, frontend, target)
     if example_inputs is None:
@@ -240,6 +237,31 @@ def explain(
     return manager.explain(program)
 
 
+def lower(
+    program: Program, *, backend: str | Backend = "onnx", dynamic_batch: bool = True, verify: Verify = "numerics"
+) -> Compiled:
+    """Lowers a program that was optimized before: one program, as many engines as wanted.
+
+    Args:
+        program: what `optimize` or `capture` gave; left unchanged. One that `quantize` made should have been optimized
+            for this backend or one with the same integers: `optimize(..., backend=...)`.
+        backend: as for `compile`.
+        dynamic_batch: as for `compile`.
+        verify: "numerics" compares the engine with the program, "structure" does not.
+
+    Returns:
+        The compiled program: call it, print its `report`, `save` it.
+
+    Raises:
+        BackendError: if lowering failed, or the engine's answers differ from the program's.
+        BackendUnavailable: if the backend cannot be used here.
+    """
+    chosen = _available(backend)
+    if not chosen.runs_training:
+        _refuse_training(program, chosen)
+    return Compiled(_lowered(program, chosen, dynamic_batch, verify))
+
+
 def load(path: str | Path) -> Compiled:
     """Loads what `Compiled.save` wrote. Needs neither the model's class nor pickle.
 
@@ -295,23 +317,35 @@ class _Pending:
         if not self.backend.runs_training:
             _refuse_training(program, self.backend)
         _aim(program, self.backend)
-        program = self.manager.run(program)
-        if self.dynamic_batch and program.fixed_batch is not None:
-            batch_warning = f"the engine takes the batch size of the example inputs only: {program.fixed_batch}"
-            warnings.warn(batch_warning, FixedBatchWarning, stacklevel=3)
-        if not self.backend.runs_training:
-            _refuse_fake_quantization(program, self.backend)
-        _log.info("lowering by %s", self.backend)
-        engine = self.backend.lower(program, dynamic_batch=self.dynamic_batch)
-        report = program.report.copy()
-        report.notes += [str(note) for note in engine.info().get("notes", ())]
-        if self.manager.verify == "numerics":
-            reason = engine.cannot_run()
-            if reason is None:
-                _check_parity(program, engine, self.backend)
-            else:
-                report.notes.append(f"the engine was not compared with the program: {reason}")
-        return _Finished(engine, self.backend, program.signature, report, program.target)
+        return _lowered(self.manager.run(program), self.backend, self.dynamic_batch, self.manager.verify)
+
+
+def _lowered(program: Program, backend: Backend, dynamic_batch: bool, verify: Verify) -> _Finished:
+    """The engine of a program, compared with it."""
+    if dynamic_batch and program.fixed_batch is not None:
+        batch_warning = f"the engine takes the batch size of the example inputs only: {program.fixed_batch}"
+        warnings.warn(batch_warning, FixedBatchWarning, stacklevel=4)
+    if not backend.runs_training:
+        _refuse_fake_quantization(program, backend)
+    _log.info("lowering by %s", backend)
+    engine = backend.lower(program, dynamic_batch=dynamic_batch)
+    report = program.report.copy()
+    report.notes += [str(note) for note in engine.info().get("notes", ())]
+    if verify == "numerics":
+        reason = engine.cannot_run()
+        if reason is None:
+            _check_parity(program, engine, backend)
+        else:
+            report.notes.append(f"the engine was not compared with the program: {reason}")
+    return _Finished(engine, backend, program.signature, report, program.target)
+
+
+def _available(wanted: str | Backend) -> Backend:
+    backend = make_backend(wanted)
+    reason = backend.unavailable()
+    if reason is not None:
+        raise BackendUnavailable(f"{backend.name}: {reason}")
+    return backend
 
 
 def _aim(program: Program, backend: Backend) -> None:

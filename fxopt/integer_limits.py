@@ -78,12 +78,12 @@ class IntegerLimits:
         codes = codes.clamp(-self.largest, self.largest)
         if self.partners is None:
             return codes
-        theirs = codes[:, self.partners]
-        alone = (self.partners == torch.arange(len(self.partners))).reshape(1, -1, 1)
-        excess = (codes.abs() + theirs.abs() - _PAIR).clamp(min=0) * ((codes * theirs > 0) & ~alone)
+        # numbers of unlike signs never add up to so much
+        sums = self._theirs(codes).add_(codes)
+        excess = (sums.abs() - _PAIR).clamp_(min=0)
         # of an odd excess the first of the pair takes the larger half
         first = (torch.arange(len(self.partners)) < self.partners).reshape(1, -1, 1)
-        return codes - codes.sign() * torch.where(first, (excess / 2).ceil(), (excess / 2).floor())
+        return codes - excess.add_(first).mul_(0.5).floor_().copysign_(sums)
 
     def bounds_among(self, place: int, codes: Tensor) -> tuple[Tensor, Tensor]:
         """The smallest and the largest integer at a place, given all others."""
@@ -111,5 +111,6 @@ class IntegerLimits:
     def _theirs(self, values: Tensor) -> Tensor:
         """Of each place, the value at its partner; zero if it has none."""
         assert self.partners is not None
-        alone = self.partners == torch.arange(len(self.partners))
-        return values[:, self.partners] * (~alone).reshape(1, -1, 1)
+        theirs = values[:, self.partners]
+        theirs[:, self.partners == torch.arange(len(self.partners))] = 0
+        return theirs

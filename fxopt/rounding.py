@@ -33,12 +33,15 @@ __all__ = ["Rounded", "Rounding", "rounded"]
 
 Rounding = Literal["nearest", "adaround", "gptq"]
 
-_SHRINKS = [1 - step / 50 for step in range(20)]  # of the range of an output's weights: down to 0.62
+_SHRINKS = [1 - step / 50 for step in range(0, 20, 3)]  # of the range of an output's weights: down to 0.64
+_NEARBY = [step / 50 for step in (-2, -1, 1, 2)]  # that are tried around the best of these
 _FEW = 64  # values of one sign: with more of them, GPTQ leaves nothing that a descent would be worth
 _SWEEPS = 8  # of the descent
 _STILL = 1e-3  # share of integers that move in a sweep, at which it ends
 _AT_ONCE = 2**16  # weights whose scales are looked for together: they stay in the cache
-_BLOCK = 128  # places that are rounded before what they lost is passed on to those behind the block
+_BLOCK = (
+    32  # places that are rounded before what they lost is passed on to those behind the block: they stay in the cache
+)
 
 
 class Rounded(NamedTuple):
@@ -127,18 +130,26 @@ def _scales_of(
         return values if per_channel else join(values, (0, 2), keepdim=True).expand_as(values)
 
     most = together(in_blocks(limits.reach(weight)).amax(2), torch.amax)
-    best = torch.full_like(most, torch.inf)
-    found = torch.ones_like(most)
-    for share in _SHRINKS:
-        scale = torch.where(most > 0, most * share / limits.largest, 1.0).float().clamp(min=1e-30)
-        places = scale.repeat_interleave(block, 1)[:, :length]
-        lost = limits.fitted((single / places).round_()).mul_(places).sub_(single).square_()
+
+    def scale_of(share: Tensor) -> Tensor:
+        return torch.where(most > 0, most * share / limits.largest, 1.0).float().clamp(min=1e-30)
+
+    def lost(share: Tensor) -> Tensor:
+        places = scale_of(share).repeat_interleave(block, 1)[:, :length]
+        errors = limits.fitted((single / places).round_()).mul_(places).sub_(single).square_()
         if importance is not None:
-            lost *= importance
-        error = together(in_blocks(lost).sum(2, dtype=torch.float64), torch.sum)
-        better = error < best
-        best, found = torch.where(better, error, best), torch.where(better, scale.double(), found)
-    return found
+            errors *= importance
+        return together(in_blocks(errors).sum(2, dtype=torch.float64), torch.sum)
+
+    best, least = torch.ones_like(most), torch.full_like(most, torch.inf)
+    for steps in (_SHRINKS, _NEARBY):
+        middle = torch.zeros_like(best) if steps is _SHRINKS else best
+        for step in steps:
+            share = (middle + step).clamp(max=1)
+            error = lost(share)
+            better = error < least
+            least, best = torch.where(better, error, least), torch.where(better, share, best)
+    return scale_of(best).double()
 
 
 def _gptq(weight: Tensor, scale: Tensor, limits: IntegerLimits, covariance: Tensor) -> Tensor:

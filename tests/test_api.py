@@ -137,6 +137,24 @@ def test_optimize_gives_a_module_that_trains(model: nn.Module) -> None:
     assert all(item.grad is None for item in model.parameters())
 
 
+def test_one_program_is_lowered_to_several_engines(model: nn.Module, tmp_path: Path) -> None:
+    program = fxopt.optimize(model, IMAGE, ["fold_batch_norm"])
+    before = str(program)
+    for backend in ("eager", "onnx"):
+        compiled = fxopt.lower(program, backend=backend)
+        check(compiled, model, IMAGE)
+        check(compiled, model, IMAGE[:1])
+        assert [item.name for item in compiled.report.passes] == ["fold_batch_norm"]
+        compiled.save(tmp_path / backend)
+        check(fxopt.load(tmp_path / backend), model, IMAGE)
+    assert str(program) == before
+    with pytest.raises(InputError, match="shape"):
+        fxopt.lower(program, backend="eager", dynamic_batch=False)(IMAGE[:1])
+    trains = fxopt.capture(model.train(), IMAGE)
+    with pytest.raises(BackendError, match=r"body\.1 is in training mode"):
+        fxopt.lower(trains)
+
+
 def test_capture_does_nothing_to_the_model(model: nn.Module) -> None:
     program = fxopt.capture(model, {"image": IMAGE, "scale": 2.0})
     assert program.report.passes == []

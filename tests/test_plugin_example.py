@@ -59,11 +59,28 @@ def test_is_listed_by_the_command(installed: Path, new_process: NewProcess) -> N
     assert "look_through=True" in output
 
 
+def test_its_backend_is_found_by_name(installed: Path, new_process: NewProcess, tmp_path: Path) -> None:
+    """An engine of a plugin's is saved, and loaded where the plugin is; elsewhere the name says what is missing."""
+    source = f"""
+import torch
+from torch import nn
+import fxopt
+x = torch.ones(2, 3)
+compiled = fxopt.compile(nn.Linear(3, 4).eval(), (x,), passes=[], backend="torchscript")
+compiled.save({str(tmp_path / "engine")!r})
+loaded = fxopt.load({str(tmp_path / "engine")!r})
+print(loaded.engine.info()["backend"], torch.equal(loaded(x), compiled(x)))
+"""
+    assert new_process.code(source, path=[installed]) == "torchscript True\n"
+    result = new_process.run(["-c", f"import fxopt; fxopt.load({str(tmp_path / 'engine')!r})"])
+    assert "RegistryError: no backend named 'torchscript'" in result.stderr
+
+
 def test_its_own_tests_pass(installed: Path, new_process: NewProcess) -> None:
     options = ["-q", "-p", "no:cacheprovider", "-W", "error", "--rootdir", str(EXAMPLE)]
     result = new_process.run(["-m", "pytest", *options, str(EXAMPLE / "tests")], path=[installed])
     assert result.returncode == 0, result.stdout
-    assert "6 passed" in result.stdout
+    assert "11 passed" in result.stdout
 
 
 def test_is_unknown_where_it_is_not_installed(new_process: NewProcess) -> None:

@@ -41,6 +41,7 @@ PUBLIC = [
     "compile",
     "explain",
     "load",
+    "lower",
     "optimize",
 ]
 

@@ -1,0 +1,212 @@
+"""The part `parity`: every network on every backend in every precision, against the eager program; saved and loaded."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import fxopt
+from benchmarks.backends.subjects import SUBJECTS, Subject
+from benchmarks.results import Table, save, shorten, verdict_data, verdict_lines
+from fxopt import Program
+from fxopt.backend import Backend
+from fxopt.compare import compare, worst
+from fxopt.errors import FxoptError, first_line
+from fxopt.integer_scheme import Scheme
+from fxopt.manager import PassManager
+from fxopt.progress import progress
+from fxopt.registry import make_backend
+
+__all__ = ["BACKENDS", "PRECISIONS", "run", "verdicts"]
+
+BACKENDS = ("eager", "onnx", "openvino", "inductor", "tensorrt_rtx", "tensorrt")
+
+
+class Precision(NamedTuple):
+    """A precision: the passes that make it, and how far an engine may be from the eager program.
+
+    Attributes:
+        tolerance: largest difference of an output over the largest output.
+    """
+
+    passes: tuple[str, ...]
+    tolerance: float
+
+
+PRECISIONS: Mapping[str, Precision] = {
+    "fp32": Precision(("default",), 1e-3),
+    "fp16": Precision(("default", "cast_precision(dtype='float16')"), 2e-2),
+    "bf16": Precision(("default", "cast_precision(dtype='bfloat16')"), 6e-2),
+    # a number between two integers may go to either, which the layers behind amplify
+    "int8": Precision(("default", "quantize"), 2e-1),
+}
+_BATCHES = (2, 5)
+
+Row = dict[str, Any]
+
+
+def run(arguments: argparse.Namespace) -> bool:
+    """Lowers, runs, saves and loads everything.
+
+    Returns:
+        whether every bar is met.
+    """
+    rows: list[Row] = []
+    with progress("lowering networks", len(arguments.networks), "networks") as advance:
+        for name in arguments.networks:
+            rows += _rows(SUBJECTS[name](), arguments.backends, arguments.precisions)
+            # what takes long must not be lost
+            save(arguments.out / "parity.json", _table(rows), {"bars": verdict_data(verdicts(rows)), "rows": rows})
+            advance(1)
+    return all(met for _, met in verdicts(rows))
+
+
+def verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
+    """Each bar in words with its numbers, and whether it is met."""
+    found = []
+    for backend in dict.fromkeys(row["backend"] for row in rows):
+        own = [row for row in rows if row["backend"] == backend]
+        ran = [row for row in own if row["relative"] is not None]
+        if ran:
+            wrong = [_name(row) for row in ran if row["relative"] > PRECISIONS[row["precision"]].tolerance]
+            found.append((f"{backend}: {len(ran)} engines answer like eager; not so: {wrong or 'none'}", not wrong))
+            lost = [_name(row) for row in ran if row["reloaded"] != 0.0]
+            found.append((f"{backend}: they answer the same in a new process; not so: {lost or 'none'}", not lost))
+    return found
+
+
+def _rows(subject: Subject, backends: list[str], precisions: list[str]) -> list[Row]:
+    rows: list[Row] = []
+    made = [make_backend(name) for name in backends]
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        base = fxopt.optimize(
+            subject.model, subject.inputs, ["default"], calibration=subject.calibration, on_no_match="ignore"
+        )
+        for precision in precisions:
+            programs: dict[Scheme, Program] = {}
+            for backend in made:
+                row = _row(subject.name, precision, backend)
+                rows.append(row)
+                if row["reason"] is None:
+                    _lower(row, base, programs, backend, Path(folder))
+                print({key: value for key, value in row.items() if key != "layers"}, flush=True)
+        loaded = _reload(Path(folder))
+    for row in rows:
+        row["reloaded"] = loaded.get(_name(row))
+    return rows
+
+
+def _row(network: str, precision: str, backend: Backend) -> Row:
+    return {
+        "network": network,
+        "precision": precision,
+        "backend": backend.name,
+        "relative": None,
+        "sqnr_db": None,
+        "reloaded": None,
+        "bytes": None,
+        "layers": None,
+        "reason": backend.unavailable(),
+    }
+
+
+def _lower(row: Row, base: Program, programs: dict[Scheme, Program], backend: Backend, folder: Path) -> None:
+    """Fills in a row: what the engine answers, or why there is none."""
+    precision = PRECISIONS[row["precision"]]
+    try:
+        scheme = backend.scheme(base.target)
+        if scheme not in programs:
+            start = base.copy()
+            start.scheme = scheme
+            programs[scheme] = PassManager(precision.passes[1:]).run(start) if precision.passes[1:] else start
+        program = programs[scheme]
+        compiled = fxopt.lower(program, backend=backend, verify="structure")
+        engine, info = compiled.engine, compiled.engine.info()
+        row["bytes"], row["layers"] = info.get("bytes"), _counted(info.get("layers"))
+        compiled.save(folder / _name(row))
+        cannot = engine.cannot_run()
+        if cannot is not None:
+            row["reason"] = f"built, not run: {cannot}"
+            return
+        answers = [(inputs, program.run(*inputs), engine(*inputs)) for inputs in _cases(program)]
+    except FxoptError as error:
+        row["reason"] = first_line(error)
+        return
+    difference = worst(compare(expected, given) for _, expected, given in answers)
+    row["reason"] = difference.mismatch or None
+    row["relative"] = difference.relative
+    row["sqnr_db"] = min(difference.sqnr_db, 300.0)
+    inputs, _, outputs = answers[-1]
+    kept: dict[str, Tensor] = {f"input{index}": tensor.contiguous() for index, tensor in enumerate(inputs)}
+    kept |= {f"output{index}": tensor.contiguous() for index, tensor in enumerate(outputs)}
+    save_file(kept, folder / f"{_name(row)}.safetensors")
+
+
+def _cases(program: Program) -> list[tuple[Tensor, ...]]:
+    first, *others = _BATCHES
+    assert len(program.example_inputs[0]) == first
+    return [program.example_inputs, *(program.inputs_with_batch(size, seed=3) for size in others)]
+
+
+def _counted(layers: list[Mapping[str, Any]] | None) -> dict[str, int] | None:
+    """How many layers an engine has by precision."""
+    if layers is None:
+        return None
+    found: dict[str, int] = {}
+    for layer in layers:
+        found[str(layer["precision"])] = found.get(str(layer["precision"]), 0) + 1
+    return found
+
+
+def _reload(folder: Path) -> dict[str, Any]:
+    """What the engines answer in a new process: the largest difference to before, or why they could not."""
+    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.backends.reload", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"the process that loads engines failed: {result.stderr[-2000:]}")
+    said = json.loads(result.stdout.splitlines()[-1])
+    assert not said["libraries"], f"loading an engine imported {said['libraries']}"
+    engines: dict[str, Any] = said["engines"]
+    return engines
+
+
+def _name(row: Row) -> str:
+    return f"{row['network']}-{row['precision']}-{row['backend']}"
+
+
+def _table(rows: list[Row]) -> Table:
+    columns = ("network", "precision", "backend", "relative error", "SQNR dB", "new process", "MB", "layers", "why not")
+    cells = [
+        [
+            row["network"],
+            row["precision"],
+            row["backend"],
+            "-" if row["relative"] is None else f"{row['relative']:.1e}",
+            "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.0f}",
+            "-" if row["reloaded"] is None else "same" if row["reloaded"] == 0.0 else str(row["reloaded"]),
+            "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}",
+            ", ".join(f"{count} {name}" for name, count in (row["layers"] or {}).items()) or "-",
+            shorten(row["reason"] or ""),
+        ]
+        for row in rows
+    ]
+    notes = [
+        *verdict_lines(verdicts(rows)),
+        f"relative error: largest difference to the eager program over the largest output, batches of {_BATCHES}; may "
+        f"be {', '.join(f'{item.tolerance:g} in {name}' for name, item in PRECISIONS.items())}",
+        "new process: engines saved, and loaded without the libraries of the models",
+        f"torch {torch.__version__}",
+    ]
+    return Table("Every backend against eager", columns, cells, notes)
