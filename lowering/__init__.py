@@ -15,10 +15,11 @@ if __name__ != "fxopt.lowering":
 if TYPE_CHECKING:
     from fxopt.lowering.eager import EagerBackend
     from fxopt.lowering.onnx import OnnxBackend
+    from fxopt.lowering.openvino import OpenVinoBackend
 
-__all__ = ["EagerBackend", "OnnxBackend"]
+__all__ = ["EagerBackend", "OnnxBackend", "OpenVinoBackend"]
 
-_HOMES = {"EagerBackend": "eager", "OnnxBackend": "onnx"}
+_HOMES = {"EagerBackend": "eager", "OnnxBackend": "onnx", "OpenVinoBackend": "openvino"}
 
 
 def __getattr__(name: str) -> Any:
