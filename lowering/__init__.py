@@ -14,12 +14,13 @@ if __name__ != "fxopt.lowering":
 
 if TYPE_CHECKING:
     from fxopt.lowering.eager import EagerBackend
+    from fxopt.lowering.inductor import InductorBackend
     from fxopt.lowering.onnx import OnnxBackend
     from fxopt.lowering.openvino import OpenVinoBackend
 
-__all__ = ["EagerBackend", "OnnxBackend", "OpenVinoBackend"]
+__all__ = ["EagerBackend", "InductorBackend", "OnnxBackend", "OpenVinoBackend"]
 
-_HOMES = {"EagerBackend": "eager", "OnnxBackend": "onnx", "OpenVinoBackend": "openvino"}
+_HOMES = {"EagerBackend": "eager", "InductorBackend": "inductor", "OnnxBackend": "onnx", "OpenVinoBackend": "openvino"}
 
 
 def __getattr__(name: str) -> Any:
