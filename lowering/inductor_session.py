@@ -45,7 +45,7 @@ class InductorEngine(Engine):
         self._held = frozenset(facts.held)
         try:
             # the loader itself: torch's Python function also reads what else an archive may hold, pickles among it
-            self._loader = torch._C._aoti.AOTIModelPackageLoader(  # type: ignore[attr-defined]
+            self._loader = torch._C._aoti.AOTIModelPackageLoader(
                 str(path / PACKAGE_FILE), _MODEL, False, 1, device.index if device.type == "cuda" else -1
             )
         except Exception as error:

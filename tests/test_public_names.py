@@ -82,7 +82,12 @@ def test_public_names() -> None:
     ]
     # reachable, and not among the names of a star import, which would hide torch's nn
     assert sorted(fxopt.nn.__all__) == ["DepthwiseSeparableConv2d", "InvertedResidual"]
-    assert sorted(importlib.import_module("fxopt.lowering").__all__) == ["EagerBackend", "OnnxBackend"]
+    assert sorted(importlib.import_module("fxopt.lowering").__all__) == [
+        "EagerBackend",
+        "InductorBackend",
+        "OnnxBackend",
+        "OpenVinoBackend",
+    ]
 
 
 @pytest.mark.parametrize("module", ["fxopt", "fxopt.testing", "fxopt.passes", "fxopt.lowering", "fxopt.registry"])

@@ -218,7 +218,7 @@ def test_a_package_for_another_processor_or_a_damaged_one_is_refused(
         BACKEND.load(tmp_path / "out", manifest)
 
 
-def test_integers_are_multiplied_as_integers(tmp_path: Path) -> None:
+def test_integers_are_multiplied_as_integers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchao")
     torch.manual_seed(0)
     batches = [torch.randn(4, 3, 12, 12) for _ in range(2)]
@@ -226,7 +226,9 @@ def test_integers_are_multiplied_as_integers(tmp_path: Path) -> None:
     program = fxopt.optimize(
         Residual().eval(), batches[0], passes, calibration=batches, backend=BACKEND, on_no_match="ignore"
     )
+    capfd.readouterr()
     engine = BACKEND.lower(program, dynamic_batch=True)
+    assert capfd.readouterr() == ("", "")
     layers = engine.info()["layers"]
     integers = [layer["type"] for layer in layers if layer["precision"] == "u8"]
     assert [name.split("_pointwise")[0] for name in integers] == ["_qconv", "_qconv", "_qconv", "_qlinear"]
