@@ -79,8 +79,11 @@ class OpenVinoBackend(Backend):
         with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
             # OpenVINO may read weights as late as it compiles
             lowered.model.save(Path(folder), one_file_below=0)
-            model = read_model(Path(folder) / "model.onnx")
-            compiled = compile_model(model, self._config())
+            try:
+                model = read_model(Path(folder) / "model.onnx")
+                compiled = compile_model(model, self._config())
+            except BackendError as error:
+                raise BackendError(f"{error}. backend='onnx' may run it: ONNX Runtime has other operators") from error
         seconds = lowered.seconds | {"compile": time.perf_counter() - started}
         inputs = TensorSpec.of_program(program, dynamic_batch=lowered.dynamic_batch)
         notes = [*lowered.notes, *self._notes(program)]
@@ -104,7 +107,7 @@ class OpenVinoBackend(Backend):
             "INFERENCE_PRECISION_HINT": _NAMES[self.precision],
             "INFERENCE_NUM_THREADS": self.num_threads or torch.get_num_threads(),
             # it would quantize what layers with packed weights read
-            "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
         }
 
     def _notes(self, program: Program) -> list[str]:

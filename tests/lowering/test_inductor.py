@@ -167,6 +167,7 @@ def test_results_share_no_memory_with_the_inputs_or_the_engine(everything: tuple
         assert all(torch.equal(left, right) for left, right in zip(inputs, before, strict=True))
 
 
+@pytest.mark.slow
 def test_loaded_in_a_new_process_without_a_compiler(
     everything: tuple[Program, Engine],
     tmp_path: Path,
@@ -218,6 +219,7 @@ def test_a_package_for_another_processor_or_a_damaged_one_is_refused(
         BACKEND.load(tmp_path / "out", manifest)
 
 
+@pytest.mark.slow
 def test_integers_are_multiplied_as_integers(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("torchao")
     torch.manual_seed(0)
@@ -253,6 +255,7 @@ def test_what_stays_floating_is_noted() -> None:
     assert BACKEND.scheme(Target(instruction_set="AVX512 VNNI")).pairs is None
 
 
+@pytest.mark.slow
 def test_layers_that_quantize_as_they_run(tmp_path: Path, new_process) -> None:  # type: ignore[no-untyped-def]
     torch.manual_seed(0)
     program = fxopt.optimize(Recurrent().eval(), torch.randn(2, 7, 8), ["quantize(mode='dynamic')"])
@@ -270,6 +273,7 @@ print(torch.equal(fxopt.load({str(tmp_path / "out")!r})(x)[0], expected))
     assert new_process.code(source).strip() == "True"
 
 
+@pytest.mark.slow
 def test_bfloat16() -> None:
     torch.manual_seed(0)
     program = fxopt.optimize(Residual().eval(), torch.randn(2, 3, 12, 12), ["cast_precision(dtype='bfloat16')"])
@@ -279,6 +283,7 @@ def test_bfloat16() -> None:
         assert compare(program.run(x), engine(x)).within(0.03)
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_dynamic_becomes_fixed_with_a_warning() -> None:
     class Fixed(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ def test_a_real_network_at_several_batch_sizes(network: nn.Module) -> None:
     assert {layer["precision"] for layer in convolutions} == {"f32"}
 
 
+@pytest.mark.slow
 def test_integers_are_multiplied_as_integers(network: nn.Module, tmp_path: Path) -> None:
     batches = [torch.randn(3, 3, 32, 32) for _ in range(2)]
     passes = ["fold_batch_norm", "quantize(round='nearest', equalize='off', bias_correction=False)"]
@@ -333,5 +334,5 @@ def test_an_operator_that_it_does_not_know_is_named() -> None:
             return torch.linalg.det(x)
 
     program = fxopt.capture(Determinant(), torch.randn(2, 3, 3))
-    with pytest.raises(BackendError, match="Det"):
+    with pytest.raises(BackendError, match=r"OpenVINO cannot read the model: .*Det.*\. backend='onnx' may run it"):
         BACKEND.lower(program, dynamic_batch=False)
