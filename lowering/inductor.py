@@ -79,16 +79,17 @@ class InductorBackend(Backend):
         reason = self.unavailable()
         if reason is not None:
             raise BackendUnavailable(f"backend inductor: {reason}")
+        from fxopt.lowering.inductor_legalize import legalize
         from fxopt.lowering.inductor_package import PrivateFolder, build
         from fxopt.lowering.inductor_session import InductorEngine
         from fxopt.lowering.torch_export import example_inputs, export, quiet
 
         started = time.perf_counter()
-        program = without_masks(program)
+        notes = self._notes(program)
+        program = legalize(without_masks(program))
         inputs = TensorSpec.of_program(program, dynamic_batch=dynamic_batch and program.batch is not None)
         examples = example_inputs(program, inputs)
         exported, reason = export(program.flat_module(), examples, inputs)
-        notes = self._notes(program)
         if reason:
             assert program.batch is not None
             notes.append(f"fixed batch of {examples[0].shape[0]}: {reason}")

@@ -15,6 +15,7 @@ from fxopt.backend import Engine, FixedBatchWarning
 from fxopt.compare import compare
 from fxopt.errors import ArtifactError, BackendUnavailable, InputError
 from fxopt.lowering import InductorBackend
+from fxopt.lowering.inductor_legalize import legalize
 from fxopt.program import BatchAxis, Program
 from fxopt.registry import make_backend
 from fxopt.target import Target
@@ -187,6 +188,7 @@ def test_loaded_in_a_new_process_without_a_compiler(
     source = f"""
 import torch, fxopt
 from fxopt.lowering import InductorBackend
+from fxopt.lowering.inductor_legalize import legalize
 print(InductorBackend().unavailable())
 loaded = fxopt.load({str(tmp_path / "out")!r})
 for inputs, expected in torch.load({str(tmp_path / "expected.pt")!r}):
@@ -271,6 +273,20 @@ x, expected = torch.load({str(tmp_path / "expected.pt")!r})
 print(torch.equal(fxopt.load({str(tmp_path / "out")!r})(x)[0], expected))
 """
     assert new_process.code(source).strip() == "True"
+
+
+@pytest.mark.parametrize("spec", ["quantize(mode='weight_only', weight_bits=4)", "cluster_weights(bits=4)"])
+def test_weights_that_are_held_as_codes_become_plain(spec: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64)).eval()
+    program = fxopt.optimize(model, torch.randn(2, 64), [spec])
+    legal = legalize(program)
+    assert "they save no bytes" in BACKEND._notes(program)[0]
+    assert not {"codebook_weight", "packed_weight"} & {legal.op(node) for node in legal.nodes}
+    x = torch.randn(3, 64)
+    assert torch.equal(legal.run(x)[0], program.run(x)[0])
+    plain = fxopt.capture(model, torch.randn(2, 64))
+    assert legalize(plain) is plain
 
 
 @pytest.mark.slow
