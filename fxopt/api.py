@@ -272,7 +272,7 @@ def load(path: str | Path) -> Compiled:
     directory = Path(path)
     manifest = artifact.read(directory)
     backend = make_backend(manifest.backend)
-    reason = backend.unavailable()
+    reason = backend.cannot_load()
     if reason is not None:
         raise BackendUnavailable(f"{directory} needs the backend {backend.name}: {reason}")
     with artifact.unpacked(directory, manifest) as folder:

@@ -154,12 +154,19 @@ class Backend(ABC):
 
         Raises:
             ArtifactError: if the files are not those of this backend.
-            BackendUnavailable: if `unavailable()` has a reason.
+            BackendUnavailable: if `cannot_load()` has a reason.
         """
 
     def device(self, target: Target) -> torch.device:
         """Where its engines for a target expect their inputs."""
         return tensor_device(target)
+
+    def cannot_load(self) -> str | None:
+        """Why saved engines cannot be loaded here and what to install; None if they can.
+
+        That may take less than to lower programs: no compiler, for example.
+        """
+        return self.unavailable()
 
     def scheme(self, target: Target) -> Scheme:
         """Which integers its kernels multiply on a target."""

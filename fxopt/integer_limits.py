@@ -8,8 +8,10 @@ An unsigned activation goes up to 255, so two neighbouring weights u and v fit w
 Weights of 7 bits always do. Most weights are small, though, and their scale has to be made larger only as far as the
 largest *pair* of an output demands, which leaves 7.4 bits and more. Neighbours are those in the order of the kernel's
 loop: places of the kernel, then input channels; a depthwise convolution has a kernel of its own that adds in 32 bits.
-That this is how ONNX Runtime's kernels compute was verified bit by bit, over 1-D to 3-D, grouped and linear layers
-(`tests/test_integer_limits.py` repeats it where the processor has no VNNI).
+OpenVINO's kernels differ where a convolution that is not grouped reads an odd number of channels: they fill them up
+with a zero at each place, so that the last channel has no neighbour. That this is how both compute was verified bit by
+bit, over 1-D to 3-D, grouped and linear layers (`tests/test_integer_limits.py` repeats it where the processor has no
+VNNI).
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fxopt.analysis.patches import PatchLayer
+from fxopt.integer_scheme import Pairs
 
 __all__ = ["IntegerLimits"]
 
@@ -40,21 +43,23 @@ class IntegerLimits:
     partners: Tensor | None = None
 
     @classmethod
-    def of(cls, layer: PatchLayer, bits: int, *, pairs: bool) -> IntegerLimits:
+    def of(cls, layer: PatchLayer, bits: int, *, pairs: Pairs | None) -> IntegerLimits:
         """The limits of a layer.
 
         Args:
             layer: the layer.
             bits: of an integer.
-            pairs: whether the processor adds up two products in 16 bits.
+            pairs: which two products the processor adds up in 16 bits; None: it has room for their sum.
         """
         largest = 2 ** (bits - 1) - 1
-        if not pairs or 2 * largest <= _PAIR or layer.is_depthwise:
+        if pairs is None or 2 * largest <= _PAIR or layer.is_depthwise:
             return cls(largest)
         # places as the kernel takes them: those of the window, and in each the channels
-        order = torch.arange(layer.length).reshape(-1, layer.window).T.reshape(-1)
+        order = torch.arange(layer.length).reshape(-1, layer.window).T
+        padded = pairs == "within_places" and layer.groups == 1
+        rows = order if padded else order.reshape(1, -1)
         partners = torch.arange(layer.length)
-        even = order[: layer.length // 2 * 2]
+        even = rows[:, : rows.shape[1] // 2 * 2].reshape(-1)
         partners[even] = even.reshape(-1, 2).flip(1).reshape(-1)
         return cls(largest, partners)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
 from fxopt.target import Target
 
-__all__ = ["INT8", "INT32", "UINT8", "IntegerType", "Scheme"]
+__all__ = ["INT8", "INT32", "UINT8", "IntegerType", "Pairs", "Scheme"]
+
+Pairs = Literal["across_places", "within_places"]
+"""Whether the last of an odd number of channels is added up with the first one at the next place of the kernel."""
 
 
 class IntegerType(NamedTuple):
@@ -43,12 +46,22 @@ class Scheme(NamedTuple):
         adds_pairs: whether sums of two products are kept in 16 bits, which not all weights fit: see
             `fxopt/integer_limits.py`.
         integer_biases: whether a kernel takes a bias as 32-bit integers; else biases stay floating numbers.
+        pads_places: where pairs are added up, whether an odd number of channels is filled up with a zero at each place
+            of the kernel.
     """
 
     activations: IntegerType
     weights: IntegerType
     adds_pairs: bool
     integer_biases: bool = True
+    pads_places: bool = False
+
+    @property
+    def pairs(self) -> Pairs | None:
+        """Which two products are added up in 16 bits; None: sums have 32 bits."""
+        if not self.adds_pairs:
+            return None
+        return "within_places" if self.pads_places else "across_places"
 
     @property
     def weight_bits(self) -> int:

@@ -15,15 +15,27 @@ if __name__ != "fxopt.lowering":
 if TYPE_CHECKING:
     from fxopt.lowering.auto import AutoBackend
     from fxopt.lowering.eager import EagerBackend
+    from fxopt.lowering.inductor import InductorBackend
     from fxopt.lowering.onnx import OnnxBackend
+    from fxopt.lowering.openvino import OpenVinoBackend
     from fxopt.lowering.tensorrt import TensorrtBackend, TensorrtRtxBackend
 
-__all__ = ["AutoBackend", "EagerBackend", "OnnxBackend", "TensorrtBackend", "TensorrtRtxBackend"]
+__all__ = [
+    "AutoBackend",
+    "EagerBackend",
+    "InductorBackend",
+    "OnnxBackend",
+    "OpenVinoBackend",
+    "TensorrtBackend",
+    "TensorrtRtxBackend",
+]
 
 _HOMES = {
     "AutoBackend": "auto",
     "EagerBackend": "eager",
+    "InductorBackend": "inductor",
     "OnnxBackend": "onnx",
+    "OpenVinoBackend": "openvino",
     "TensorrtBackend": "tensorrt",
     "TensorrtRtxBackend": "tensorrt",
 }

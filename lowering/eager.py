@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import logging
 import warnings
 from abc import abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,11 +17,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
-from torch.export import Dim, ExportedProgram
+from torch.export import ExportedProgram
 
 from fxopt.backend import Backend, Engine, FixedBatchWarning, TensorSpec, check_inputs
-from fxopt.errors import ArtifactError, BackendError, first_line
+from fxopt.errors import ArtifactError, BackendError
 from fxopt.lowering.eager_archive import load_archive, runnable, save_archive
+from fxopt.lowering.torch_export import example_inputs, export, quiet
 from fxopt.masking import without_masks
 
 if TYPE_CHECKING:
@@ -32,8 +32,6 @@ if TYPE_CHECKING:
 __all__ = ["EagerBackend"]
 
 _FILE = "model.pt2"
-
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +56,7 @@ class EagerBackend(Backend):
         importlib.import_module("fxopt.quantization")
         importlib.import_module("fxopt.integer_operators")
         path = directory / _FILE
-        with _quiet_export():
+        with quiet():
             exported = load_archive(path)
         values = _input_values(exported)
         if len(values) != len(manifest.inputs):
@@ -130,38 +128,20 @@ class _ProgramEngine(_TorchEngine):
         device = program.example_inputs[0].device
         super().__init__(module, inputs, device, training=program.training)
         self._graph_module = module
-        self._examples = program.example_inputs
-        if any(spec.shape and spec.shape[0] is None for spec in inputs):
-            # torch.export specialises a batch of 0 or 1
-            assert program.batch is not None
-            self._examples = program.inputs_with_batch(max(2, program.batch.size))
+        self._examples = example_inputs(program, inputs)
         self._fixed_reason = ""
 
     def save(self, directory: Path) -> None:
         exported = self._export()
-        with _quiet_export():
+        with quiet():
             save_archive(exported, directory / _FILE)
 
     def _export(self) -> ExportedProgram:
-        shapes = tuple({0: Dim.DYNAMIC} if spec.shape and spec.shape[0] is None else None for spec in self.inputs)
-        if any(shapes):
-            try:
-                with _quiet_export():
-                    return self._export_with(shapes)
-            except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason in the warning and the note)
-                _log.debug("export with a dynamic batch failed", exc_info=True)
-                self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {first_line(error)}"
-                warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)
-        try:
-            with _quiet_export():
-                return self._export_with(None)
-        except Exception as error:
-            raise BackendError(f"torch.export cannot save this program: {first_line(error)}") from error
-
-    def _export_with(self, shapes: tuple[Any, ...] | None) -> ExportedProgram:
-        # torch.export marks the tensors that it is given as dynamic, and leaves the marks if it fails
-        examples = tuple(tensor.detach() for tensor in self._examples)
-        return torch.export.export(self._graph_module, examples, dynamic_shapes=shapes)
+        exported, reason = export(self._graph_module, self._examples, self.inputs)
+        if reason:
+            self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {reason}"
+            warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)
+        return exported
 
     def _nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._graph_module.state_dict().values())
@@ -181,7 +161,7 @@ class _ArchiveEngine(_TorchEngine):
         self._saved_notes = manifest.notes
 
     def save(self, directory: Path) -> None:
-        with _quiet_export():
+        with quiet():
             save_archive(self._exported, directory / _FILE)
 
     def _nbytes(self) -> int:
@@ -208,13 +188,3 @@ def _held_tensors(module: nn.Module) -> Iterator[torch.Tensor]:
 def _memory(tensor: torch.Tensor) -> int:
     """Where the tensor's storage begins, the same for all views of it; 0 if it has none (no elements, sparse)."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else 0
-
-
-@contextlib.contextmanager
-def _quiet_export() -> Iterator[None]:
-    """torch.export's warnings are about its own insides; they go to our debug log."""
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        yield
-    for warning in caught:
-        _log.debug("torch.export: %s", warning.message)

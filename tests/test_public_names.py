@@ -86,7 +86,9 @@ def test_public_names() -> None:
     assert sorted(importlib.import_module("fxopt.lowering").__all__) == [
         "AutoBackend",
         "EagerBackend",
+        "InductorBackend",
         "OnnxBackend",
+        "OpenVinoBackend",
         "TensorrtBackend",
         "TensorrtRtxBackend",
     ]

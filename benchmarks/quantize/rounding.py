@@ -89,7 +89,7 @@ def _round_all(program: Program) -> None:
         names = [
             [node.name for node in group] for group in layers.weights if (program.op(group[0]) == "linear") == linear
         ]
-        whole = [WeightRounding(8, how, pairs=program.scheme.adds_pairs) for how in ROUNDINGS]  # type: ignore[arg-type]
+        whole = [WeightRounding(8, how, pairs=program.scheme.pairs) for how in ROUNDINGS]  # type: ignore[arg-type]
         alone = [WeightRounding(4, how, block=_BLOCK if linear else None) for how in ROUNDINGS]  # type: ignore[arg-type]
         if names:
             round_weights(program, names, [*whole, *alone])

@@ -101,7 +101,7 @@ class DynamicQuantizer(Quantizer):
             edit.set_module(program, layer, DynamicLinear(codes, found.scale, bias))
 
     def _codes(self, original: Program, names: Sequence[str]) -> WeightCodes:
-        pairs = original.scheme.adds_pairs
+        pairs = original.scheme.pairs
         rounding = WeightRounding(8, self.round, self.per_channel, pairs=pairs, absorbed=self.bias_correction)
         return rounding.of(original, names, self._linear(original))
 

@@ -144,7 +144,7 @@ class StaticQuantizer(Quantizer):
             self.weight_bits,
             self.round,
             self.per_channel,
-            pairs=program.scheme.adds_pairs,
+            pairs=program.scheme.pairs,
             absorbed=self.bias_correction,
         )
 

@@ -16,6 +16,7 @@ from fxopt.analysis.layer_moments import Moments, patch_moments
 from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.patches import PatchLayer
 from fxopt.integer_limits import IntegerLimits
+from fxopt.integer_scheme import Pairs
 from fxopt.masking import mask_of
 from fxopt.progress import progress
 from fxopt.rounding import Rounded, Rounding, rounded
@@ -55,7 +56,7 @@ class WeightRounding:
         how: to the nearest, or with an eye on what the layer reads.
         per_channel: whether each output has a scale of its own.
         block: how many weights in a row share a scale; None: all.
-        pairs: whether the processor adds up two products in 16 bits.
+        pairs: which two products the processor adds up in 16 bits; None: it has room for their sum.
         absorbed: whether the bias takes up what is lost on average.
     """
 
@@ -63,7 +64,7 @@ class WeightRounding:
     how: Rounding
     per_channel: bool = True
     block: int | None = None
-    pairs: bool = False
+    pairs: Pairs | None = None
     absorbed: bool = True
 
     def of(self, original: Program, layers: Sequence[str], all_layers: Sequence[Sequence[str]]) -> WeightCodes:
