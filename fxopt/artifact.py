@@ -52,7 +52,7 @@ from fxopt.target import Target
 __all__ = ["FORMAT", "FORMAT_VERSION", "MANIFEST_FILE", "REPORT_FILE", "Manifest", "read", "unpacked", "write"]
 
 _PLAIN_VERSION = 1  # without compressed files
-_RECORDED_PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime")
+_RECORDED_PACKAGES = ("fxopt", "torch", "onnx", "onnxruntime", "openvino", "torchao", "tensorrt", "tensorrt-rtx")
 
 
 @dataclass(frozen=True)

@@ -54,13 +54,9 @@ class IntegerLimits:
         largest = 2 ** (bits - 1) - 1
         if pairs is None or 2 * largest <= _PAIR or layer.is_depthwise:
             return cls(largest)
-        # places as the kernel takes them: those of the window, and in each the channels
-        order = torch.arange(layer.length).reshape(-1, layer.window).T
-        padded = pairs == "within_places" and layer.groups == 1
-        rows = order if padded else order.reshape(1, -1)
-        partners = torch.arange(layer.length)
-        even = rows[:, : rows.shape[1] // 2 * 2].reshape(-1)
-        partners[even] = even.reshape(-1, 2).flip(1).reshape(-1)
+        partners = _partners(layer, padded=pairs == "within_places")
+        if pairs == "either" and not torch.equal(partners, _partners(layer, padded=True)):
+            return cls(_PAIR // 2)  # whose pairs always fit
         return cls(largest, partners)
 
     def reach(self, weight: Tensor) -> Tensor:
@@ -119,3 +115,14 @@ class IntegerLimits:
         theirs = values[:, self.partners]
         theirs[:, self.partners == torch.arange(len(self.partners))] = 0
         return theirs
+
+
+def _partners(layer: PatchLayer, *, padded: bool) -> Tensor:
+    """Of each place the one whose product is added to its own; `padded` if channels are evened out at each."""
+    # places as the kernel takes them: those of the window, and in each the channels
+    order = torch.arange(layer.length).reshape(-1, layer.window).T
+    rows = order if padded and layer.groups == 1 else order.reshape(1, -1)
+    partners = torch.arange(layer.length)
+    even = rows[:, : rows.shape[1] // 2 * 2].reshape(-1)
+    partners[even] = even.reshape(-1, 2).flip(1).reshape(-1)
+    return partners

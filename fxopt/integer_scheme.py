@@ -10,8 +10,9 @@ from fxopt.target import Target
 
 __all__ = ["INT8", "INT32", "UINT8", "IntegerType", "Pairs", "Scheme"]
 
-Pairs = Literal["across_places", "within_places"]
-"""Whether the last of an odd number of channels is added up with the first one at the next place of the kernel."""
+Pairs = Literal["across_places", "within_places", "either"]
+"""Whether the last of an odd number of channels is added up with the first one at the next place; "either"
+where engines differ, and weights have to fit them all."""
 
 
 class IntegerType(NamedTuple):
@@ -43,30 +44,24 @@ class Scheme(NamedTuple):
     Attributes:
         activations: what layers read and give; affine if unsigned, symmetric if signed.
         weights: symmetric.
-        adds_pairs: whether sums of two products are kept in 16 bits, which not all weights fit: see
-            `fxopt/integer_limits.py`.
+        pairs: which two products are added up in 16 bits, which not all weights fit: see `fxopt/integer_limits.py`.
+            None: sums have 32 bits.
         integer_biases: whether a kernel takes a bias as 32-bit integers; else biases stay floating numbers.
-        pads_places: where pairs are added up, whether an odd number of channels is filled up with a zero at each place
-            of the kernel.
     """
 
     activations: IntegerType
     weights: IntegerType
-    adds_pairs: bool
+    pairs: Pairs | None
     integer_biases: bool = True
-    pads_places: bool = False
-
-    @property
-    def pairs(self) -> Pairs | None:
-        """Which two products are added up in 16 bits; None: sums have 32 bits."""
-        if not self.adds_pairs:
-            return None
-        return "within_places" if self.pads_places else "across_places"
 
     @property
     def weight_bits(self) -> int:
         """Of weights that fit, whatever they are."""
-        return 7 if self.adds_pairs else 8
+        return 8 if self.pairs is None else 7
+
+    def adding(self, pairs: Pairs) -> Scheme:
+        """The same with other pairs, if there are any."""
+        return self if self.pairs is None else self._replace(pairs=pairs)
 
     @classmethod
     def of(cls, target: Target) -> Scheme:
@@ -76,5 +71,5 @@ class Scheme(NamedTuple):
         On a GPU both are signed.
         """
         if target.device != "cpu":
-            return cls(INT8, INT8, adds_pairs=False)
-        return cls(UINT8, INT8, adds_pairs=not target.adds_products_in_32_bits)
+            return cls(INT8, INT8, None)
+        return cls(UINT8, INT8, None if target.adds_products_in_32_bits else "across_places")

@@ -79,8 +79,9 @@ class AutoBackend(Backend):
         """The integers that suit the target, with weights that fit all of its backends."""
         usual = Scheme.of(target)
         found = [backend.scheme(target) for backend in self._backends() if _why_out(backend, target) is None]
+        pairs = {scheme.pairs for scheme in found if scheme.pairs is not None}
         return usual._replace(
-            adds_pairs=usual.adds_pairs or any(scheme.adds_pairs for scheme in found),
+            pairs="either" if len(pairs) > 1 else next(iter(pairs), usual.pairs),
             integer_biases=all(scheme.integer_biases for scheme in found),
         )
 

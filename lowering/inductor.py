@@ -73,7 +73,7 @@ class InductorBackend(Backend):
         return None
 
     def scheme(self, target: Target) -> Scheme:
-        return Scheme.of(target)._replace(pads_places=True)
+        return Scheme.of(target).adding("within_places")
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         reason = self.unavailable()

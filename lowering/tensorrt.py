@@ -91,7 +91,7 @@ class _Tensorrt(Backend):
 
     def scheme(self, target: Target) -> Scheme:
         """Signed and symmetric, whatever the target: its engines run on no CPU. Biases stay floating numbers."""
-        return Scheme(INT8, INT8, adds_pairs=False, integer_biases=False)
+        return Scheme(INT8, INT8, None, integer_biases=False)
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         self._require_available()

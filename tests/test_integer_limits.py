@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import onnx
@@ -140,7 +140,7 @@ def moments_of(layer: Any) -> Moments:
     return Moments(rows.mean(1), around.transpose(1, 2) @ around / 500, 1e-3)
 
 
-@pytest.mark.parametrize("kind", get_args(Pairs))
+@pytest.mark.parametrize("kind", ["across_places", "within_places"])
 @pytest.mark.parametrize("how", ["nearest", "gptq"])
 @pytest.mark.parametrize("name", LAYERS)
 def test_rounded_weights_fit_and_use_more_than_seven_bits(name: str, how: Any, kind: Pairs) -> None:
@@ -157,6 +157,19 @@ def test_rounded_weights_fit_and_use_more_than_seven_bits(name: str, how: Any, k
     seven = rounded(patch_layer.weight, IntegerLimits(64), moments_of(layer), how=how)
     assert float(found.scale.mean()) < float(seven.scale.mean())
     assert int(codes.abs().max()) > 64
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_weights_that_fit_either_fit_both(name: str) -> None:
+    layer: Any = LAYERS[name]
+    patch_layer = PatchLayer(layer)
+    codes = rounded(patch_layer.weight, IntegerLimits.of(patch_layer, 8, pairs="either"), None).codes
+    kinds: tuple[Pairs, ...] = ("across_places", "within_places")
+    partners = [IntegerLimits.of(patch_layer, 8, pairs=kind).partners for kind in kinds]
+    for kind in kinds:
+        assert torch.equal(IntegerLimits.of(patch_layer, 8, pairs=kind).fitted(codes), codes)
+    if partners[0] is not None and partners[1] is not None and torch.equal(*partners):
+        assert int(codes.abs().max()) > 64, "no bit is given up where engines agree"
 
 
 def test_of_a_pair_both_give_way_alike() -> None:

@@ -71,7 +71,7 @@ class Pairs(EagerBackend):
     name: ClassVar[str] = "pairs"
 
     def scheme(self, target: fxopt.Target) -> Scheme:
-        return super().scheme(target)._replace(adds_pairs=True)
+        return super().scheme(target).adding("within_places")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,10 +195,12 @@ def test_unknown_candidates() -> None:
 
 
 def test_weights_fit_all() -> None:
-    target = fxopt.Target(instruction_set="AVX512 VNNI")
-    assert not AutoBackend(candidates=("eager", "slow")).scheme(target).adds_pairs
-    assert AutoBackend(candidates=("eager", "pairs")).scheme(target).adds_pairs
-    assert not AutoBackend(candidates=("eager", "absent")).scheme(target).adds_pairs
+    target, wide = fxopt.Target(instruction_set="AVX2"), fxopt.Target(instruction_set="AVX512 VNNI")
+    assert AutoBackend(candidates=("eager", "slow")).scheme(target).pairs == "across_places"
+    assert AutoBackend(candidates=("pairs", "absent")).scheme(target).pairs == "within_places"
+    assert AutoBackend(candidates=("eager", "pairs")).scheme(target).pairs == "either"
+    assert AutoBackend(candidates=("eager", "absent")).scheme(target).pairs == "across_places"
+    assert AutoBackend(candidates=("eager", "pairs")).scheme(wide).pairs is None
 
 
 def test_all_that_are_installed_by_default() -> None:

@@ -177,7 +177,7 @@ def test_integers_are_signed_symmetric_and_read_by_every_kernel(integers: Progra
 def test_the_scheme_is_that_of_a_gpu_whatever_the_target() -> None:
     for target in (Target(), Target(device="cuda"), Target(instruction_set="AVX2")):
         scheme = BACKEND.scheme(target)
-        assert (scheme.activations, scheme.weights, scheme.adds_pairs) == (INT8, INT8, False)
+        assert (scheme.activations, scheme.weights, scheme.pairs) == (INT8, INT8, None)
         assert not scheme.integer_biases
     assert TensorrtBackend().scheme(Target()) == BACKEND.scheme(Target())
 
