@@ -172,7 +172,8 @@ def _counted(layers: list[Mapping[str, Any]] | None) -> dict[str, int] | None:
 
 def _reload(folder: Path) -> dict[str, Any]:
     """What the engines answer in a new process: the largest difference to before, or why they could not."""
-    command = [sys.executable, "-W", "ignore", "-m", "benchmarks.backends.reload", str(folder)]
+    # by its path: what else is in this package must not be imported
+    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("reload.py")), str(folder)]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode:
         raise RuntimeError(f"the process that loads engines failed: {result.stderr[-2000:]}")

@@ -1,6 +1,6 @@
 """Loads saved engines in a process of its own, runs them, and says how far their answers are from those before.
 
-    python -m benchmarks.backends.reload FOLDER
+    python benchmarks/backends/reload.py FOLDER
 
 Each folder in FOLDER is a saved engine with the inputs and outputs that it had, `run.safetensors`, beside it. Prints
 JSON: by name, the largest difference, or why it could not be loaded.
@@ -38,5 +38,5 @@ def answers(folder: Path) -> dict[str, float | str]:
 if __name__ == "__main__":
     result = answers(Path(sys.argv[1]))
     # the classes of the models must not have been needed
-    libraries = sorted({"torchvision", "timm", "benchmarks.backends.subjects"} & set(sys.modules))
+    libraries = sorted({"torchvision", "timm", "benchmarks"} & set(sys.modules))
     sys.stdout.write(json.dumps({"engines": result, "libraries": libraries}) + "\n")
