@@ -22,15 +22,17 @@ def type_name(dtype: Any) -> str:
 def network_layers(network: Any) -> list[dict[str, str]]:
     """Name, type and precision of the layers of a network that was parsed, but for its constants.
 
-    The precision is that of what a layer gives; of one that reads nothing but dequantized integers it is theirs, as
-    its kernel will read them.
+    The precision is that of what a layer gives; of one that reads nothing but dequantized integers, be they laid out
+    anew in between, it is theirs, as its kernel will read them.
     """
     layers = [network.get_layer(index) for index in range(network.num_layers)]
-    held = {
-        layer.get_output(0).name: type_name(layer.get_input(0).dtype)
-        for layer in layers
-        if layer.type.name == "DEQUANTIZE"
-    }
+    held: dict[str, str] = {}
+    for layer in layers:
+        source = layer.get_input(0) if layer.num_inputs else None
+        if layer.type.name == "DEQUANTIZE":
+            held[layer.get_output(0).name] = type_name(source.dtype)
+        elif layer.type.name == "SHUFFLE" and source is not None and source.name in held:
+            held[layer.get_output(0).name] = held[source.name]
     return [
         {"name": layer.name, "type": layer.type.name.lower(), "precision": _precision(layer, held)}
         for layer in layers

@@ -78,6 +78,11 @@ def verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
     for backend in dict.fromkeys(row["backend"] for row in rows):
         own = [row for row in rows if row["backend"] == backend]
         ran = [row for row in own if row["relative"] is not None]
+        built = [row for row in own if row["bytes"] is not None and row["relative"] is None]
+        if built:
+            lost = [_name(row) for row in built if row["reloaded"] != 0.0]
+            text = f"{backend}: {len(built)} engines built, and loaded in a new process, where none can run"
+            found.append((f"{text}; not so: {lost or 'none'}", not lost))
         if ran:
             wrong = [_name(row) for row in ran if row["relative"] > PRECISIONS[row["precision"]].tolerance]
             found.append((f"{backend}: {len(ran)} engines answer like eager; not so: {wrong or 'none'}", not wrong))
