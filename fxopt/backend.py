@@ -79,9 +79,23 @@ class Engine(ABC):
 
     Attributes:
         inputs: what it expects, in order.
+        batch_limits: the smallest and the largest batch, where the batch is free and not all sizes are taken.
     """
 
     inputs: tuple[TensorSpec, ...]
+    batch_limits: tuple[int, int] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where it expects its inputs."""
+        return torch.device("cpu")
+
+    def cannot_run(self) -> str | None:
+        """Why it cannot be called on this machine, though it could be made or loaded; None if it can.
+
+        An engine that cannot raises `BackendUnavailable` with the same reason when it is called.
+        """
+        return None
 
     @abstractmethod
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -89,6 +103,7 @@ class Engine(ABC):
 
         Raises:
             InputError: naming the input whose number, data type, device or shape does not fit.
+            BackendUnavailable: if `cannot_run()` has a reason.
             BackendError: if the runtime failed.
         """
 
@@ -155,7 +170,13 @@ def tensor_device(target: Target) -> torch.device:
     return torch.device("cuda", 0) if target.device == "cuda" else torch.device(target.device)
 
 
-def check_inputs(specs: Sequence[TensorSpec], device: torch.device, inputs: Sequence[Any]) -> None:
+def check_inputs(
+    specs: Sequence[TensorSpec],
+    device: torch.device,
+    inputs: Sequence[Any],
+    *,
+    batch_limits: tuple[int, int] | None = None,
+) -> None:
     """Refuses inputs that an engine was not made for. Costs a microsecond or two per input.
 
     Raises:
@@ -179,6 +200,9 @@ def check_inputs(specs: Sequence[TensorSpec], device: torch.device, inputs: Sequ
             raise InputError(f"input {spec.name}: expected shape {_sizes(spec.shape)}, got {_sizes(shape)}")
         if batch is None:
             batch = shape[0]
+            if batch_limits is not None and not batch_limits[0] <= batch <= batch_limits[1]:
+                low, high = batch_limits
+                raise InputError(f"input {spec.name}: this engine takes a batch of {low} to {high}, got {batch}")
         elif shape[0] != batch:
             raise InputError(f"input {spec.name}: expected batch {batch} as the inputs before it, got {shape[0]}")
 

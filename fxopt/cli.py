@@ -290,10 +290,17 @@ def run(
     tensors = gather_inputs(
         compiled.engine.inputs, inputs or [], mean=_numbers("--mean", mean), std=_numbers("--std", std)
     )
-    args, kwargs = compiled.signature.call_arguments(tensors)
+    args, kwargs = compiled.signature.call_arguments([tensor.to(compiled.engine.device) for tensor in tensors])
+
+    def call() -> Any:
+        answer = compiled(*args, **kwargs)
+        if compiled.engine.device.type == "cuda":
+            torch.cuda.synchronize(compiled.engine.device)
+        return answer
+
     with output.progress("running"):
-        leaves, structure = flatten(compiled(*args, **kwargs))
-        timings = measure({"engine": lambda: compiled(*args, **kwargs)}, rounds=rounds) if benchmark else {}
+        leaves, structure = flatten(call())
+        timings = measure({"engine": call}, rounds=rounds) if benchmark else {}
     outputs = dict(zip(structure.paths(), leaves, strict=True))
     if save_outputs is not None:
         _save(save_outputs, outputs)

@@ -42,11 +42,13 @@ class Scheme(NamedTuple):
         weights: symmetric.
         adds_pairs: whether sums of two products are kept in 16 bits, which not all weights fit: see
             `fxopt/integer_limits.py`.
+        integer_biases: whether a kernel takes a bias as 32-bit integers; else biases stay floating numbers.
     """
 
     activations: IntegerType
     weights: IntegerType
     adds_pairs: bool
+    integer_biases: bool = True
 
     @property
     def weight_bits(self) -> int:

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from fxopt.analysis.shapes import TensorSpec
-from fxopt.backend import tensor_device
 from fxopt.errors import BackendUnavailable, InputError
 from fxopt.frontends.capture import capture
 from fxopt.sharing import share_module
@@ -67,6 +66,7 @@ class LayerTimes:
 
         Raises:
             BackendError: if the backend cannot lower one of them.
+            BackendUnavailable: if its engines cannot run here.
         """
         inputs = torch.randn(source.shape, generator=torch.Generator().manual_seed(0)).to(source.dtype)
         whole, rewritten = (self._program(layer, inputs) for layer in (before, after))
@@ -92,8 +92,10 @@ class LayerTimes:
     def _turn(self, program: Program, inputs: torch.Tensor) -> Callable[[], object]:
         """Runs the engine of a program once, to the end."""
         engine = self._backend.lower(program, dynamic_batch=False)
-        device = tensor_device(self._target)
-        given = inputs.to(device)
+        reason = engine.cannot_run()
+        if reason is not None:
+            raise BackendUnavailable(f"{self._backend.name} cannot measure layers here: {reason}")
+        given, device = inputs.to(engine.device), engine.device
         if device.type != "cuda":
             return lambda: engine(given)
 
@@ -116,6 +118,7 @@ def time_ratio(program: Program, before: nn.Module, after: Sequence[nn.Module], 
     Raises:
         InputError: if it is not known which backend the program is for.
         BackendError: if the backend cannot lower them.
+        BackendUnavailable: if its engines cannot run here.
     """
     if program.layer_times is None:
         raise InputError(

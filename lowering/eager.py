@@ -99,6 +99,10 @@ class _TorchEngine(Engine):
             for output in outputs
         )
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def info(self) -> Mapping[str, Any]:
         return {
             "backend": "eager",

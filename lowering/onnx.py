@@ -1,6 +1,7 @@
 """The backend `onnx`: `torch.onnx.export`, onnxoptimizer, the ONNX checker, and a session of ONNX Runtime.
 
-Each step has a file: `onnx_export`, `onnx_optimize`, `onnx_session`; what they hand on is an `onnx_model.OnnxModel`.
+Each step has a file: `onnx_export` and `onnx_optimize`, which `onnx_lower` calls, and `onnx_session`; what they hand on
+is an `onnx_model.OnnxModel`.
 """
 
 from __future__ import annotations
@@ -20,10 +21,7 @@ if TYPE_CHECKING:
     from fxopt.artifact import Manifest
     from fxopt.program import Program
 
-__all__ = ["SPARSITY_KEY", "OnnxBackend"]
-
-SPARSITY_KEY = "fxopt.sparsity_2_4"
-"""Under it the metadata of `model.onnx` name the layers with two zeros in every four weights, separated by commas."""
+__all__ = ["OnnxBackend"]
 
 _BFLOAT16 = (
     "ONNX Runtime's CPU provider has next to no kernels for bfloat16, none for convolutions, matrix products and "
@@ -71,42 +69,26 @@ class OnnxBackend(Backend):
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         self._require_available()
         from fxopt.analysis.shapes import shapes, specs_in
-        from fxopt.analysis.sparsity import two_of_four
-        from fxopt.lowering import onnx_export, onnx_optimize
+        from fxopt.lowering.onnx_lower import onnx_of
         from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session
 
         device = tensor_device(program.target)
         providers = choose_providers(self.providers, device)
+        lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=self.optimize)
+        model, notes = lowered.model, lowered.notes
         started = time.perf_counter()
-        exported = onnx_export.export(program, dynamic_batch=dynamic_batch)
-        after_export = time.perf_counter()
-        model, notes = exported.model, list(exported.notes)
-        if self.optimize:
-            model, more = onnx_optimize.optimize(model)
-            notes += more
-        else:
-            notes += onnx_optimize.check(model)
-        after_optimize = time.perf_counter()
         try:
             session = open_session(model, providers=providers, threads=self._threads())
         except BackendError as error:
             if torch.bfloat16 in {spec.dtype for spec in specs_in(tuple(program.analysis(shapes).values()))}:
                 raise BackendError(f"{error}. {_BFLOAT16}") from error
-            if model is exported.model:
+            if model is lowered.plain:
                 raise
             notes.append(f"onnxoptimizer was left out: {error}")
-            model = exported.model
+            model = lowered.plain
             session = open_session(model, providers=providers, threads=self._threads())
-        seconds = {
-            "export": after_export - started,
-            "optimize": after_optimize - after_export,
-            "session": time.perf_counter() - after_optimize,
-        }
-        fitting = two_of_four(program)
-        if fitting:
-            # for who builds an engine from the file: TensorRT looks for the pattern only where it is told to
-            model = model.with_metadata(SPARSITY_KEY, ",".join(fitting))
-        inputs = TensorSpec.of_program(program, dynamic_batch=exported.dynamic_batch)
+        seconds = lowered.seconds | {"session": time.perf_counter() - started}
+        inputs = TensorSpec.of_program(program, dynamic_batch=lowered.dynamic_batch)
         return OnnxEngine(model, session, inputs=inputs, device=device, notes=notes, seconds=seconds)
 
     def load(self, directory: Path, manifest: Manifest) -> Engine:

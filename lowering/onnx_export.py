@@ -99,7 +99,7 @@ def export(program: Program, *, dynamic_batch: bool) -> Exported:
     assert program.batch is not None
     note = f"fixed batch of {program.batch.size}: {reason}"
     warnings.warn(
-        f"the onnx engine takes a {note}. Pass dynamic_batch=False to accept that without a warning.",
+        f"the engine takes a {note}. Pass dynamic_batch=False to accept that without a warning.",
         FixedBatchWarning,
         stacklevel=2,
     )

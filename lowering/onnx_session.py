@@ -83,6 +83,10 @@ class OnnxEngine(Engine):
             raise BackendError(f"ONNX Runtime failed: {error}") from error
         return tuple(tensor.to(self._device) for tensor in outputs) if moved else outputs
 
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
     def save(self, directory: Path) -> None:
         self._model.save(directory)
 

@@ -92,7 +92,7 @@ def _bias_of(program: Program, node: fx.Node, held: QuantizedTensor) -> Quantize
     (layer, *others) = node.users
     call = program.call(layer)
     bias, source = call.arguments.get("bias"), _read(program, layer)
-    if call.op != "linear" or others or source is None:
+    if call.op != "linear" or others or source is None or not program.scheme.integer_biases:
         return None
     if not isinstance(bias, fx.Node) or not _inside(bias, node) or len(bias.users) != 1:
         return None

@@ -189,7 +189,7 @@ class StaticQuantizer(Quantizer):
         bias = None
         if len(layers) == 1:
             whole = found.bias(layer.bias)
-            if program.op(first) == "linear" and "input" in params:
+            if program.scheme.integer_biases and program.op(first) == "linear" and "input" in params:
                 # a linear layer that gives floating numbers has an integer kernel only with a bias of integers
                 bias = integer_bias(whole, found.scale, Affine.from_json(params["input"]))
             if bias is None and (layer.bias is not None or bool(found.offset.any())):

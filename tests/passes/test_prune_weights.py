@@ -426,7 +426,7 @@ def test_engine_of_a_program_that_trains_keeps_the_mask() -> None:
 def test_two_of_four_is_marked_in_the_onnx_file(tmp_path: Path) -> None:
     import onnx
 
-    from fxopt.lowering.onnx import SPARSITY_KEY
+    from fxopt.lowering.onnx_lower import SPARSITY_KEY
 
     x = sample(2, 3, 8, 8, dtype=torch.float32)
     for name, passes in (("2:4", [PruneWeights(pattern="2:4"), "fold_batch_norm"]), ("plain", [PruneWeights()])):
