@@ -22,6 +22,7 @@ from torch.export import Dim, ExportedProgram
 
 from fxopt.backend import Backend, Engine, FixedBatchWarning, TensorSpec, check_inputs
 from fxopt.errors import ArtifactError, BackendError, first_line
+from fxopt.free_axes import BATCH, resized
 from fxopt.lowering.eager_archive import load_archive, runnable, save_archive
 from fxopt.masking import without_masks
 
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["EagerBackend"]
 
 _FILE = "model.pt2"
+_SMALLEST = 2  # torch.export takes smaller sizes for constants
 
 _log = logging.getLogger(__name__)
 
@@ -131,10 +133,12 @@ class _ProgramEngine(_TorchEngine):
         super().__init__(module, inputs, device, training=program.training)
         self._graph_module = module
         self._examples = program.example_inputs
-        if any(spec.shape and spec.shape[0] is None for spec in inputs):
-            # torch.export specialises a batch of 0 or 1
-            assert program.batch is not None
-            self._examples = program.inputs_with_batch(max(2, program.batch.size))
+        self._free = program.axis_names(batch=any(spec.shape and spec.shape[0] is None for spec in inputs))
+        if program.free_axes:
+            self._examples = program.inputs_at_other_sizes()
+        if BATCH in self._free.values() and program.batch is not None and program.batch.size < _SMALLEST:
+            batch = {tuple((index, 0) for index in program.batch.inputs): _SMALLEST}
+            self._examples = resized(self._examples, batch)
         self._fixed_reason = ""
 
     def save(self, directory: Path) -> None:
@@ -143,25 +147,36 @@ class _ProgramEngine(_TorchEngine):
             save_archive(exported, directory / _FILE)
 
     def _export(self) -> ExportedProgram:
-        shapes = tuple({0: Dim.DYNAMIC} if spec.shape and spec.shape[0] is None else None for spec in self.inputs)
-        if any(shapes):
+        others = {place: name for place, name in self._free.items() if name != BATCH}
+        if len(others) < len(self._free):
             try:
                 with _quiet_export():
-                    return self._export_with(shapes)
+                    return self._export_with(self._free)
             except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason in the warning and the note)
                 _log.debug("export with a dynamic batch failed", exc_info=True)
                 self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {first_line(error)}"
                 warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)
         try:
             with _quiet_export():
-                return self._export_with(None)
+                return self._export_with(others)
         except Exception as error:
             raise BackendError(f"torch.export cannot save this program: {first_line(error)}") from error
 
-    def _export_with(self, shapes: tuple[Any, ...] | None) -> ExportedProgram:
+    def _export_with(self, free: Mapping[tuple[int, int], str]) -> ExportedProgram:
+        """The program with these axes free."""
         # torch.export marks the tensors that it is given as dynamic, and leaves the marks if it fails
         examples = tuple(tensor.detach() for tensor in self._examples)
-        return torch.export.export(self._graph_module, examples, dynamic_shapes=shapes)
+        shapes: list[dict[int, Any]] = [{} for _ in examples]
+        for (index, axis), name in free.items():
+            # the sizes of other axes may have to be multiples of something
+            shapes[index][axis] = Dim.DYNAMIC if name == BATCH else Dim.AUTO
+        dynamic = tuple(item or None for item in shapes) if free else None
+        exported = torch.export.export(self._graph_module, examples, dynamic_shapes=dynamic)
+        values = _input_values(exported)
+        fixed = next((name for (index, axis), name in free.items() if isinstance(values[index].shape[axis], int)), None)
+        if fixed is not None:
+            raise BackendError(f"torch.export fixed {fixed}: a value in the program depends on it")
+        return exported
 
     def _nbytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._graph_module.state_dict().values())
