@@ -25,6 +25,7 @@ from fxopt.errors import ArtifactError, BackendError, first_line
 from fxopt.free_axes import BATCH, resized
 from fxopt.lowering.eager_archive import load_archive, runnable, save_archive
 from fxopt.masking import without_masks
+from fxopt.recurrent_shapes import whole_recurrences
 
 if TYPE_CHECKING:
     from fxopt.artifact import Manifest
@@ -227,8 +228,8 @@ def _memory(tensor: torch.Tensor) -> int:
 
 @contextlib.contextmanager
 def _quiet_export() -> Iterator[None]:
-    """torch.export's warnings are about its own insides; they go to our debug log."""
-    with warnings.catch_warnings(record=True) as caught:
+    """torch.export's warnings are about its own insides; they go to our debug log. Recurrent layers stay whole."""
+    with whole_recurrences(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         yield
     for warning in caught:

@@ -5,8 +5,8 @@ are merged for the call and split again behind it; a missing one is added and ta
 axes of the query goes the same way; one of [tokens, tokens] is broadcast over whatever leads; any other is left to the
 exporter.
 
-Recurrent layers in 16 bits: ONNX Runtime crashes while it loads one with a matrix product behind it (1.32, float16, on
-the CPU), where it has no kernel for them anyway. They compute in float32, between casts.
+Recurrent layers: see `onnx_recurrent`. In 16 bits ONNX Runtime crashes while it loads one with a matrix product behind
+it (1.32, float16, on the CPU), where it has no kernel for them anyway. They compute in float32, between casts.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map
 
 from fxopt import edit
 from fxopt.analysis.shapes import TensorSpec, shapes
+from fxopt.lowering.onnx_recurrent import recurrent_layers, spelled
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -34,7 +35,8 @@ def legalize(program: Program) -> Program:
     """The program itself if the exporter takes it, else a rewritten copy."""
     odd = [node.name for node in program.nodes if _is_odd_attention(program, node)]
     small = [node.name for node in program.nodes if _is_small_recurrence(program, node)]
-    if not odd and not small:
+    recurrent = recurrent_layers(program)
+    if not odd and not small and not recurrent:
         return program
     legal = program.copy()
     for name in odd:
@@ -43,6 +45,12 @@ def legalize(program: Program) -> Program:
         module = legal.module_of(legal.node(name))
         if isinstance(module, nn.RNNBase):
             edit.set_module(legal, legal.node(name), _InSingle(module))
+    for name in recurrent:
+        module = legal.module_of(legal.node(name))
+        if isinstance(module, _InSingle):
+            module.layer = spelled(module.layer)
+        elif isinstance(module, nn.RNNBase):
+            edit.set_module(legal, legal.node(name), spelled(module))
     return legal
 
 
@@ -52,7 +60,7 @@ class _InSingle(nn.Module):
     def __init__(self, layer: nn.RNNBase) -> None:
         super().__init__()
         self._dtype = layer.weight_ih_l0.dtype
-        self.layer = copy.deepcopy(layer).float()
+        self.layer: nn.Module = copy.deepcopy(layer).float()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         given = tree_map(lambda item: item.float() if isinstance(item, Tensor) else item, (args, kwargs))

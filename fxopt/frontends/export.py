@@ -23,6 +23,7 @@ from fxopt.frontends.functionalize import functionalize
 from fxopt.frontends.hierarchy import find, install, is_persistent
 from fxopt.frontends.raising import raise_to_modules
 from fxopt.program import BatchAxis
+from fxopt.recurrent_shapes import whole_recurrences
 from fxopt.signature import Signature
 from fxopt.structure import Structure, flatten
 
@@ -123,7 +124,7 @@ def _tracing() -> Iterator[None]:
     fast_path = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with torch.enable_grad(), warnings.catch_warnings():
+        with torch.enable_grad(), whole_recurrences(), warnings.catch_warnings():
             # nn.LSTM and nn.GRU assign their flattened weights anew at each call.
             warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights")
             yield
