@@ -1,7 +1,8 @@
-"""What recurrent layers give in a `torch.export` that leaves them whole: shapes, found without running their steps.
+"""The shapes of what recurrent layers give, found without running their steps.
 
-The exporter keeps a layer as one operator, but finds the shapes of what it gives by running a Python loop over the
-steps: the length is fixed by that, and tracing a hundred steps takes seconds. The shapes follow from the arguments.
+Where tensors have no data, torch runs a Python loop over the steps of a layer: a thousand of them take a minute.
+`torch.export` does so too, though it keeps the layer as one operator, and fixes the length by it. The shapes follow
+from the arguments.
 """
 
 from __future__ import annotations
@@ -12,10 +13,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["whole_recurrences"]
+__all__ = ["ShapesAlone", "whole_recurrences"]
 
 _KEY = torch._C.DispatchKey.CompositeImplicitAutograd
+
+
+class ShapesAlone(TorchFunctionMode):
+    """While it is open, recurrent layers give tensors that have a shape and no values: for tensors without data."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kernel, place = _FUNCTIONS.get(func, (None, 0))
+        # a packed sequence has a tensor there
+        if kernel is not None and not kwargs and isinstance(args[place], tuple | list):
+            return kernel(*args)
+        return func(*args, **(kwargs or {}))
 
 
 @contextmanager
@@ -57,6 +70,15 @@ def _lstm(value: Tensor, states: list[Tensor], *arguments: Any) -> tuple[Tensor,
 
 def _one_state(value: Tensor, hidden: Tensor, *arguments: Any) -> tuple[Tensor, Tensor]:
     return _outputs(value, hidden, *arguments), hidden.new_empty(hidden.shape)
+
+
+_FUNCTIONS: dict[Any, tuple[Callable[..., Any], int]] = {
+    torch.lstm: (_lstm, 1),
+    torch.gru: (_one_state, 2),
+    torch.rnn_tanh: (_one_state, 2),
+    torch.rnn_relu: (_one_state, 2),
+}
+"""Kernels, and the place of an argument that is a list."""
 
 
 def _outputs(

@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.interpret import run_graph
+from fxopt.recurrent_shapes import ShapesAlone
 from fxopt.sharing import share_module
 
 if TYPE_CHECKING:
@@ -97,7 +98,7 @@ def _on_fakes(program: Program, *, far: bool) -> Mapping[str, Any]:
     def record(node: fx.Node, value: Any) -> None:
         found[node.name] = TensorSpec(tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
+    with FakeTensorMode(allow_non_fake_inputs=True), ShapesAlone():
         inputs = _resized(program, [tensor.device for tensor in program.example_inputs], far=far)
         run_graph(share_module(program.module), program.graph, inputs, record)
     return found
