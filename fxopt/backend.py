@@ -143,6 +143,13 @@ class Engine(ABC):
     def info(self) -> Mapping[str, Any]:
         """Plain JSON about the engine: backend, version, device, dynamic_batch, sizes in bytes, notes."""
 
+    def layers(self) -> list[dict[str, str]]:
+        """The layers that really run, after all fusion: name, type and precision of each; none if it is not known.
+
+        This may take as long as making the engine: where it costs nothing it is in `info` too.
+        """
+        return [dict(layer) for layer in self.info().get("layers", ())]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Backend(ABC):

@@ -59,29 +59,45 @@ class _Held(NamedTuple):
     Attributes:
         names: all of them; the exporter's optimizer would undo it.
         four_bits: the sizes of those of 4 bits.
-        opset_21: whether that version of ONNX is needed to say what they are.
+        opset: the version of ONNX that says what they are; None: the exporter's own choice.
     """
 
     names: frozenset[str]
     four_bits: Mapping[str, tuple[int, int]]
-    opset_21: bool
+    opset: int | None
 
     @classmethod
-    def of(cls, program: Program) -> _Held:
-        """Those of a program."""
+    def of(cls, program: Program, opset: int | None) -> _Held:
+        """Those of a program, in the version that was asked for.
+
+        Raises:
+            BackendError: if that cannot say what they are.
+        """
         ops = {str(node.target): op for node in program.nodes if (op := program.op(node)) in HELD}
         names = frozenset(f"{path}.codes" for path in ops)
-        return cls(names, four_bit_tensors(program), "packed_weight" in ops.values())
+        if "packed_weight" in ops.values():
+            if opset is not None and opset < PACKED_OPSET:
+                raise BackendError(
+                    f"opset {opset} has no scales for blocks of a weight, which this program needs: "
+                    f"ask for {PACKED_OPSET}, or for none"
+                )
+            opset = opset or PACKED_OPSET
+        return cls(names, four_bit_tensors(program), opset)
 
 
-def export(program: Program, *, dynamic_batch: bool) -> Exported:
+def export(program: Program, *, dynamic_batch: bool, opset: int | None = None) -> Exported:
     """The program as ONNX. Input names are those of the signature; output names are made from their paths.
 
+    Args:
+        program: left unchanged.
+        dynamic_batch: whether any batch size is wanted.
+        opset: the version of ONNX's operators; None: the exporter's own choice.
+
     Raises:
-        BackendError: if the exporter fails with a fixed batch too.
+        BackendError: if the exporter fails with a fixed batch too, or the program cannot be said in that version.
     """
     program = legalize(without_masks(program))
-    held = _Held.of(program)
+    held = _Held.of(program, opset)
     program = spell_integers(program)
     free = program.axis_names(batch=dynamic_batch)
     others = {place: name for place, name in free.items() if name != BATCH}
@@ -149,7 +165,7 @@ def _export(program: Program, free: Mapping[tuple[int, int], str], held: _Held) 
                 input_names=list(program.signature.names),
                 output_names=_output_names(program),
                 optimize=optimize,
-                opset_version=PACKED_OPSET if held.opset_21 else None,
+                opset_version=held.opset,
             )
         assert found is not None
         return found.model
@@ -162,6 +178,9 @@ def _export(program: Program, free: Mapping[tuple[int, int], str], held: _Held) 
         # seen where its optimizer joins two Clips: it forgets to register the bounds. ONNX Runtime optimizes too.
         _log.debug("the exporter's optimizer lost %s; exported without it", ", ".join(_lost(model)))
         model = exported(optimize=False)
+    found = model.opset_imports.get("")
+    if held.opset is not None and found != held.opset:
+        raise BackendError(f"the exporter gave opset {found} in place of {held.opset}")
     # The exporter leaves a stack trace on every node: larger than the graph, and it names the user's paths.
     ir_passes.ClearMetadataAndDocStringPass()(model)
     return model

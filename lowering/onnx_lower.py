@@ -36,19 +36,20 @@ class Lowered(NamedTuple):
     seconds: dict[str, float]
 
 
-def onnx_of(program: Program, *, dynamic_batch: bool, optimize: bool) -> Lowered:
+def onnx_of(program: Program, *, dynamic_batch: bool, optimize: bool, opset: int | None = None) -> Lowered:
     """Exports a program.
 
     Args:
         program: left unchanged.
         dynamic_batch: whether any batch size is wanted.
         optimize: whether onnxoptimizer runs.
+        opset: the version of ONNX's operators; None: the exporter's own choice.
 
     Raises:
         BackendError: if it cannot be exported, or is not valid ONNX.
     """
     started = time.perf_counter()
-    exported = onnx_export.export(program, dynamic_batch=dynamic_batch)
+    exported = onnx_export.export(program, dynamic_batch=dynamic_batch, opset=opset)
     after_export = time.perf_counter()
     plain = exported.model
     fitting = two_of_four(program)
