@@ -212,7 +212,7 @@ def read_image(path: Path, shape: Sequence[int | None], *, mean: Sequence[float]
 
     Args:
         path: the picture.
-        shape: the input that it is for, (batch, 3, height, width); None for a size that is free: then the picture's own.
+        shape: the input that it is for, (batch, 3, height, width); None for a size of the picture's own.
         mean: per channel, or one for all.
         std: per channel, or one for all.
 
