@@ -15,12 +15,11 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch import fx, nn
 
 from fxopt import edit
 from fxopt.analysis.shapes import TensorSpec, shapes
-from fxopt.lowering.onnx_recurrent import recurrent_layers, spelled
+from fxopt.lowering.onnx_recurrent import InSingle, spell_recurrences
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -35,36 +34,17 @@ def legalize(program: Program) -> Program:
     """The program itself if the exporter takes it, else a rewritten copy."""
     odd = [node.name for node in program.nodes if _is_odd_attention(program, node)]
     small = [node.name for node in program.nodes if _is_small_recurrence(program, node)]
-    recurrent = recurrent_layers(program)
-    if not odd and not small and not recurrent:
-        return program
+    if not odd and not small:
+        return spell_recurrences(program)
     legal = program.copy()
     for name in odd:
         _with_four_axes(legal, legal.node(name))
     for name in small:
         module = legal.module_of(legal.node(name))
         if isinstance(module, nn.RNNBase):
-            edit.set_module(legal, legal.node(name), _InSingle(module))
-    for name in recurrent:
-        module = legal.module_of(legal.node(name))
-        if isinstance(module, _InSingle):
-            module.layer = spelled(module.layer)
-        elif isinstance(module, nn.RNNBase):
-            edit.set_module(legal, legal.node(name), spelled(module))
-    return legal
-
-
-class _InSingle(nn.Module):
-    """A recurrent layer of 16 bits that computes in float32."""
-
-    def __init__(self, layer: nn.RNNBase) -> None:
-        super().__init__()
-        self._dtype = layer.weight_ih_l0.dtype
-        self.layer: nn.Module = copy.deepcopy(layer).float()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = tree_map(lambda item: item.float() if isinstance(item, Tensor) else item, (args, kwargs))
-        return tree_map(lambda item: item.to(self._dtype), self.layer(*given[0], **given[1]))
+            single = copy.deepcopy(module).float()
+            edit.set_module(legal, legal.node(name), InSingle(single, module.all_weights[0][0].dtype))
+    return spell_recurrences(legal)
 
 
 def _is_small_recurrence(program: Program, node: fx.Node) -> bool:
