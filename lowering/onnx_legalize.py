@@ -70,7 +70,8 @@ def _leads_alike(program: Program, mask: Any, query: Any) -> bool:
 
 def _with_four_axes(program: Program, node: fx.Node) -> None:
     arguments: dict[str, Any] = dict(program.call(node).arguments)
-    shape = _shape(program, arguments["query"])
+    query, shape = arguments["query"], _shape(program, arguments["query"])
+    like_query = _shape(program, arguments["value"])[-1] == shape[-1]
     surplus = len(shape) - _AXES
     names = ["query", "key", "value"]
     if arguments.get("attn_mask") is not None and _leads_alike(program, arguments["attn_mask"], arguments["query"]):
@@ -83,7 +84,9 @@ def _with_four_axes(program: Program, node: fx.Node) -> None:
             merged = edit.insert_before(program, node, torch.unsqueeze, (source, 1))
         arguments[name] = merged
     attention = edit.replace(program, node, torch.nn.functional.scaled_dot_product_attention, (), arguments)
-    if surplus > 0:
+    if surplus > 0 and program.free_axes and like_query:
+        edit.insert_after(program, attention, torch.Tensor.reshape_as, (attention, query))
+    elif surplus > 0:
         edit.insert_after(program, attention, torch.unflatten, (attention, 0, (-1, *shape[1:-3])))
     else:
         edit.insert_after(program, attention, torch.squeeze, (attention, 1))

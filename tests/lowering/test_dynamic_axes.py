@@ -167,6 +167,19 @@ def test_any_size_with_integers(name: str, backend: str, tmp_path: Path) -> None
             assert difference.sqnr_db > 20, str(difference)
 
 
+def test_attention_over_five_axes_of_any_size() -> None:
+    class Frames(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return functional.scaled_dot_product_attention(x, x, x)
+
+    axes = {"x": {1: "frames", 3: "length"}}
+    compiled = fxopt.compile(
+        Frames().eval(), torch.randn(2, 3, 2, 4, 6), passes=[], backend="onnx(num_threads=1)", dynamic_axes=axes
+    )
+    x = torch.randn(3, 5, 2, 7, 6)
+    torch.testing.assert_close(compiled(x), Frames()(x), rtol=1e-4, atol=1e-5)
+
+
 def test_wrong_sizes_are_told_by_name() -> None:
     model, inputs, axes, _ = subject("encoder")
     compiled = fxopt.compile(model.eval(), inputs, passes=[], backend="eager", dynamic_axes=axes)
