@@ -100,7 +100,9 @@ def _capture(
             continue
         program.report.notes += [f"captured by {name}: {'; '.join(reasons)}"] if reasons else []
         program.report.notes += [
-            note for note in (captured.note, captured.limits, subject.fixed_batch, subject.state) if note
+            note
+            for note in (captured.note, captured.limits, subject.fixed_batch, subject.state, subject.padding)
+            if note
         ]
         if subject.state is not None:
             warnings.warn(subject.state, StateWarning, stacklevel=4)

@@ -17,6 +17,7 @@ from torch import fx, nn
 
 from fxopt.errors import CaptureError
 from fxopt.free_axes import FreeAxis, resized
+from fxopt.frontends.attention import plain_attention
 from fxopt.frontends.captured import Captured
 from fxopt.frontends.exported_sizes import LARGEST, free_limits, input_values
 from fxopt.frontends.functionalize import functionalize
@@ -121,15 +122,10 @@ class _Flat(nn.Module):
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """Makes what is traced independent of where capture is called."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.enable_grad(), whole_recurrences(), warnings.catch_warnings():
-            # nn.LSTM and nn.GRU assign their flattened weights anew at each call.
-            warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with torch.enable_grad(), plain_attention(), whole_recurrences(), warnings.catch_warnings():
+        # nn.LSTM and nn.GRU assign their flattened weights anew at each call.
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights")
+        yield
 
 
 def _export(

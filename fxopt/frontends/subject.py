@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
+from fxopt.compare import compare, rounding_tolerance
 from fxopt.errors import CaptureError, InputError, first_line
 from fxopt.free_axes import BATCH, DynamicAxes, FreeAxis, Places, named_places, other_sizes, resized, sizes_text
+from fxopt.frontends.attention import plain_attention
 from fxopt.program import BatchAxis
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored, share_module
@@ -48,6 +51,7 @@ class Subject(NamedTuple):
         cases: the example, another batch, another size of the free axes.
         fixed_batch: why the batch is fixed; None if it is not, or if there is none.
         state: what is worth knowing about buffers that the model writes.
+        padding: what is worth knowing about outputs that are padding.
     """
 
     model: nn.Module
@@ -59,6 +63,7 @@ class Subject(NamedTuple):
     cases: list[Case]
     fixed_batch: str | None
     state: str | None
+    padding: str | None
 
     @classmethod
     def of(cls, model: nn.Module, example_inputs: Any, dynamic_axes: DynamicAxes) -> Subject:
@@ -97,7 +102,8 @@ class Subject(NamedTuple):
             except Exception as error:  # noqa: BLE001 (a model may refuse in any way; the reason is kept)
                 fixed_batch = f"the model takes a batch of {batch.size} and fails on {other} ({first_line(error)})"
                 batch = None
-        subject = cls(private, signature, outputs, inputs, batch, (), cases, fixed_batch, _state(private, written))
+        state, padding = _state(private, written), _padding(private, signature, cases[0])
+        subject = cls(private, signature, outputs, inputs, batch, (), cases, fixed_batch, state, padding)
         return subject._with_free_axes(named) if named else subject
 
     def with_fixed_batch(self, why: str) -> Subject:
@@ -198,6 +204,19 @@ def _state(model: nn.Module, written: list[str]) -> str | None:
     return f"the model keeps state in {', '.join(kept)}: an engine answers every call like the first" if kept else None
 
 
+def _padding(model: nn.Module, signature: Signature, example: Case) -> str | None:
+    """Whether torch's fast path, which callers of the model see, gives something else for what is padding."""
+    if model.training or not any(isinstance(module, nn.TransformerEncoder) for module in model.modules()):
+        return None
+    args, kwargs = signature.call_arguments([tensor.clone() for tensor in example.inputs])
+    with torch.no_grad(), fixed_random_state(), buffers_restored(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that the nested tensors of its fast path may change
+        fast, _ = flatten(share_module(model)(*args, **kwargs))
+    if compare(example.answers, fast).within(rounding_tolerance(example.answers)):
+        return None
+    return "what is padding is computed like the rest; torch's fast path gives zeros for it, or leaves it out"
+
+
 def _answers(
     model: nn.Module, signature: Signature, inputs: tuple[torch.Tensor, ...]
 ) -> tuple[list[torch.Tensor], Structure, list[str]]:
@@ -207,7 +226,7 @@ def _answers(
     """
     args, kwargs = signature.call_arguments([tensor.clone() for tensor in inputs])
     # attributes that the code assigns stay on the shared copy, buffers that it writes into are put back
-    with torch.no_grad(), fixed_random_state(), buffers_restored(model) as written:
+    with torch.no_grad(), fixed_random_state(), plain_attention(), buffers_restored(model) as written:
         answers, outputs = flatten(share_module(model)(*args, **kwargs))
     return answers, outputs, written
 

@@ -12,6 +12,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 
 import fxopt
+from fxopt.frontends.attention import plain_attention
 
 BACKEND = "onnx(num_threads=1)"
 
@@ -42,11 +43,12 @@ class Translator(nn.Module):
         return {"states": given, "scores": given @ self.target.weight.t()}
 
 
-def assert_same(model: nn.Module, inputs: Any, others: Any, axes: Any = None) -> None:
+def assert_same(model: nn.Module, inputs: Any, others: Any, axes: Any = None) -> fxopt.Compiled:
     compiled = fxopt.compile(model.eval(), inputs, backend=BACKEND, dynamic_axes=axes)
     for given in (inputs, others):
-        with torch.no_grad():
+        with torch.no_grad(), plain_attention():
             torch.testing.assert_close(compiled(*given), model(*given), rtol=1e-3, atol=1e-4)
+    return compiled
 
 
 @pytest.mark.parametrize("boolean", [True, False], ids=["bool", "float"])
@@ -70,6 +72,24 @@ def test_an_encoder_and_a_decoder() -> None:
 
     axes = {"source": {1: "source_length"}, "target": {1: "target_length"}, "padding": {1: "source_length"}}
     assert_same(Translator(), inputs(2, 9, 6), inputs(3, 5, 8), axes)
+
+
+def test_what_is_padding_is_computed_where_torch_leaves_it_out() -> None:
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 2, 32, batch_first=True), 1)
+
+        def forward(self, x: torch.Tensor, padding: torch.Tensor) -> torch.Tensor:
+            return self.encoder(x, src_key_padding_mask=padding)
+
+    def inputs(batch: int, length: int) -> tuple[torch.Tensor, ...]:
+        return torch.randn(batch, length, 16), (torch.arange(length) >= length - 2).repeat(batch, 1)
+
+    compiled = assert_same(Encoder(), inputs(2, 9), inputs(3, 6), {"x": {1: "length"}, "padding": {1: "length"}})
+    assert "what is padding is computed like the rest; torch's fast path gives zeros for it, or leaves it out" in (
+        compiled.report.notes
+    )
 
 
 def test_a_vision_transformer() -> None:
