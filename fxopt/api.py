@@ -16,6 +16,7 @@ from fxopt import artifact
 from fxopt.analysis.identities import is_identity
 from fxopt.backend import Backend, Engine, FixedBatchWarning
 from fxopt.errors import BackendError, BackendUnavailable, InputError
+from fxopt.free_axes import DynamicAxes
 from fxopt.frontends.capture import Frontend
 from fxopt.frontends.capture import capture as _capture
 from fxopt.layer_times import LayerTimes
@@ -124,6 +125,7 @@ def compile(  # noqa: A001 (the name users know from torch)
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
     dynamic_batch: bool = True,
+    dynamic_axes: DynamicAxes | None = None,
     verify: Verify = "numerics",
     on_no_match: OnNoMatch = "warn",
     on_failure: OnFailure = "rollback",
@@ -142,6 +144,9 @@ def compile(  # noqa: A001 (the name users know from torch)
         loss: for passes that look at its gradients: a function of the model's outputs and the rest of a calibration
             batch. None is cross-entropy for targets of integers, mean squared error for others.
         dynamic_batch: whether the engine takes any batch size.
+        dynamic_axes: axes beside the batch of which it takes any size, by the name of the flat input: names by axis, as
+            in {"x": {2: "height", 3: "width"}}, or the axes alone, as in {"x": (2, 3)}. Axes of one name have one size.
+            What the model, the passes or the backend cannot keep free is an error.
         verify: "numerics" proves exact passes and compares the engine with the program; "structure" checks the graph
             alone.
         on_no_match: what to do when a pass that was asked for changes nothing: "warn", "error" or "ignore".
@@ -153,14 +158,14 @@ def compile(  # noqa: A001 (the name users know from torch)
         The compiled model: call it, print its `report`, `save` it.
 
     Raises:
-        InputError: if the inputs or options do not fit.
-        CaptureError: if the model cannot be captured.
+        InputError: if the inputs or options do not fit, or the model takes no other size of a dynamic axis.
+        CaptureError: if the model cannot be captured, or not with these axes free.
         PipelineError, PassError, VerificationError: if the passes cannot be run.
         BackendError: if lowering failed, or the engine's answers differ from the program's.
     """
     chosen = _available(backend)
     manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
-    pending = _Pending(model, manager, chosen, calibration, loss, dynamic_batch, frontend, target)
+    pending = _Pending(model, manager, chosen, calibration, loss, dynamic_batch, dynamic_axes, frontend, target)
     if example_inputs is None:
         return Compiled(None, pending)
     return Compiled(pending.finish(example_inputs))
@@ -175,6 +180,7 @@ def optimize(
     loss: Loss | None = None,
     target: Target | None = None,
     backend: str | Backend | None = None,
+    dynamic_axes: DynamicAxes | None = None,
     verify: Verify = "numerics",
     on_no_match: OnNoMatch = "warn",
     on_failure: OnFailure = "rollback",
@@ -186,20 +192,34 @@ def optimize(
     with `gate="time"`.
     """
     manager = PassManager(passes, verify=verify, on_no_match=on_no_match, on_failure=on_failure)
-    program = _capture(model, example_inputs, frontend=frontend, calibration=calibration, loss=loss, target=target)
+    program = _capture(
+        model,
+        example_inputs,
+        frontend=frontend,
+        calibration=calibration,
+        loss=loss,
+        target=target,
+        dynamic_axes=dynamic_axes,
+    )
     if backend is not None:
         _aim(program, make_backend(backend))
     return manager.run(program)
 
 
-def capture(model: nn.Module, example_inputs: Any, *, frontend: Frontend = "auto") -> Program:
-    """Captures a model as a `Program`, and does nothing to it.
+def capture(
+    model: nn.Module,
+    example_inputs: Any,
+    *,
+    dynamic_axes: DynamicAxes | None = None,
+    frontend: Frontend = "auto",
+) -> Program:
+    """Captures a model as a `Program`, and does nothing to it. Arguments are those of `compile`.
 
     Raises:
-        InputError: if the inputs do not fit the model.
+        InputError: if the inputs do not fit the model, or it takes no other size of a dynamic axis.
         CaptureError: if no frontend can capture it, with the reason of each.
     """
-    return _capture(model, example_inputs, frontend=frontend)
+    return _capture(model, example_inputs, frontend=frontend, dynamic_axes=dynamic_axes)
 
 
 def explain(
@@ -301,6 +321,7 @@ class _Pending:
     calibration: Iterable[Any] | None
     loss: Loss | None
     dynamic_batch: bool
+    dynamic_axes: DynamicAxes | None
     frontend: Frontend
     target: Target | None
 
@@ -313,6 +334,7 @@ class _Pending:
             calibration=self.calibration,
             loss=self.loss,
             target=self.target,
+            dynamic_axes=self.dynamic_axes,
         )
         if not self.backend.runs_training:
             _refuse_training(program, self.backend)
@@ -329,6 +351,7 @@ def _lowered(program: Program, backend: Backend, dynamic_batch: bool, verify: Ve
         _refuse_fake_quantization(program, backend)
     _log.info("lowering by %s", backend)
     engine = backend.lower(program, dynamic_batch=dynamic_batch)
+    _check_free_axes(program, engine, backend)
     report = program.report.copy()
     report.notes += [str(note) for note in engine.info().get("notes", ())]
     if verify == "numerics":
@@ -381,8 +404,19 @@ def _refuse_fake_quantization(program: Program, backend: Backend) -> None:
             )
 
 
+def _check_free_axes(program: Program, engine: Engine, backend: Backend) -> None:
+    """What was asked for is not dropped in silence, whatever the backend does."""
+    for axis in program.free_axes:
+        fixed = next((place for place in axis.places if engine.inputs[place[0]].shape[place[1]] is not None), None)
+        if fixed is not None:
+            raise BackendError(
+                f"{backend.name} cannot keep {axis.name} free: its engine takes {engine.inputs[fixed[0]]}. "
+                "Leave the axis out of dynamic_axes, or use another backend"
+            )
+
+
 def _check_parity(program: Program, engine: Engine, backend: Backend) -> None:
-    """Compares the engine with the program.
+    """Compares the engine with the program: example inputs, other sizes of free axes, another batch if it takes that.
 
     Raises:
         BackendError: if they are further apart than rounding explains.

@@ -227,7 +227,8 @@ def _inputs(data: Any, names: tuple[str, ...]) -> tuple[TensorSpec, ...]:
         raise ValueError(f"the inputs {[spec.name for spec in specs]} are not those of the signature, {list(names)}")
     for spec in specs:
         for axis, size in enumerate(spec.shape):
-            if type(size) is not int and not (size is None and axis == 0):
+            free = size is None and (axis == 0 or bool(spec.axes and spec.axes[axis]))
+            if type(size) is not int and not free:
                 raise TypeError(f"{size!r} is no size, in the shape of {spec.name}")
     return specs
 

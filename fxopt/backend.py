@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 
 from fxopt.errors import InputError
+from fxopt.free_axes import BATCH
 from fxopt.integer_scheme import Scheme
 from fxopt.spec import spec_string
 
@@ -37,41 +38,68 @@ class TensorSpec(NamedTuple):
     Attributes:
         name: as in `Signature.names`.
         dtype: exact; engines do not convert.
-        shape: sizes; None at axis 0 where any batch size is taken.
+        shape: sizes; None where any size is taken.
+        axes: what the axes of any size are called, None for the others; axes of one name have one size. Empty where
+            there is none but the batch, on axis 0.
     """
 
     name: str
     dtype: torch.dtype
     shape: tuple[int | None, ...]
+    axes: tuple[str | None, ...] = ()
+
+    def axis_name(self, axis: int) -> str:
+        """What an axis of any size is called."""
+        return (self.axes[axis] if self.axes else None) or (BATCH if axis == 0 else f"{self.name}_{axis}")
+
+    @property
+    def sizes(self) -> str:
+        """The shape, with names in the place of sizes that are free."""
+        named = (self.axis_name(axis) if size is None else str(size) for axis, size in enumerate(self.shape))
+        return f"[{', '.join(named)}]"
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether a tensor of that shape fits, seen by itself."""
+        return len(shape) == len(self.shape) and all(
+            wanted is None or wanted == size for wanted, size in zip(self.shape, shape, strict=True)
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, read by `from_json`."""
-        return {"name": self.name, "dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
+        data = {"name": self.name, "dtype": str(self.dtype).removeprefix("torch."), "shape": list(self.shape)}
+        return data | ({"axes": list(self.axes)} if self.axes else {})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TensorSpec:
         """Reads what `to_json` wrote.
 
         Raises:
-            ValueError: if the data type is not one of torch's.
+            ValueError: if the data type is not one of torch's, or there is not one name for each axis.
         """
         dtype = getattr(torch, data["dtype"], None)
         if not isinstance(dtype, torch.dtype):
             raise ValueError(f"{data['dtype']!r} is not a torch data type")
-        return cls(data["name"], dtype, tuple(data["shape"]))
+        shape, axes = tuple(data["shape"]), tuple(data.get("axes", ()))
+        if (axes and len(axes) != len(shape)) or not all(name is None or isinstance(name, str) for name in axes):
+            raise ValueError(f"{axes} are not the names of the {len(shape)} axes of {data['name']}")
+        return cls(data["name"], dtype, shape, axes)
 
     def __str__(self) -> str:
-        sizes = ", ".join("batch" if size is None else str(size) for size in self.shape)
-        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}[{sizes}]"
+        return f"{self.name}: {str(self.dtype).removeprefix('torch.')}{self.sizes}"
 
     @classmethod
     def of_program(cls, program: Program, *, dynamic_batch: bool) -> tuple[TensorSpec, ...]:
-        """The inputs of a program; axis 0 is free where it is the batch and `dynamic_batch` is wanted."""
-        free = set(program.batch.inputs) if dynamic_batch and program.batch is not None else set()
-        return tuple(
-            cls(name, tensor.dtype, (None, *tensor.shape[1:]) if index in free else tuple(tensor.shape))
-            for index, (name, tensor) in enumerate(zip(program.signature.names, program.example_inputs, strict=True))
-        )
+        """The inputs of a program.
+
+        Its free axes are free, and axis 0 is where it is the batch and `dynamic_batch` is wanted.
+        """
+        free = program.axis_names(batch=dynamic_batch)
+        found = []
+        for index, (name, tensor) in enumerate(zip(program.signature.names, program.example_inputs, strict=True)):
+            axes = tuple(free.get((index, axis)) for axis in range(tensor.ndim))
+            shape = tuple(size if axes[axis] is None else None for axis, size in enumerate(tensor.shape))
+            found.append(cls(name, tensor.dtype, shape, axes if program.free_axes else ()))
+        return tuple(found)
 
 
 class Engine(ABC):
@@ -114,6 +142,13 @@ class Engine(ABC):
     @abstractmethod
     def info(self) -> Mapping[str, Any]:
         """Plain JSON about the engine: backend, version, device, dynamic_batch, sizes in bytes, notes."""
+
+    def layers(self) -> list[dict[str, str]]:
+        """The layers that really run, after all fusion: name, type and precision of each; none if it is not known.
+
+        This may take as long as making the engine: where it costs nothing it is in `info` too.
+        """
+        return [dict(layer) for layer in self.info().get("layers", ())]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,7 +230,7 @@ def check_inputs(
     """
     if len(inputs) != len(specs):
         raise InputError(f"expected {len(specs)} inputs ({', '.join(map(str, specs))}), got {len(inputs)}")
-    batch: int | None = None
+    known: dict[str, int] = {}
     for spec, tensor in zip(specs, inputs, strict=True):
         if not isinstance(tensor, torch.Tensor):
             raise InputError(f"input {spec.name}: expected a tensor ({spec}), got {type(tensor).__name__}")
@@ -206,17 +241,15 @@ def check_inputs(
         shape = tensor.shape
         if shape == spec.shape:
             continue
-        free = bool(spec.shape) and spec.shape[0] is None
-        if not free or len(shape) != len(spec.shape) or shape[1:] != spec.shape[1:]:
-            raise InputError(f"input {spec.name}: expected shape {_sizes(spec.shape)}, got {_sizes(shape)}")
-        if batch is None:
-            batch = shape[0]
-            if batch_limits is not None and not batch_limits[0] <= batch <= batch_limits[1]:
-                low, high = batch_limits
-                raise InputError(f"input {spec.name}: this engine takes a batch of {low} to {high}, got {batch}")
-        elif shape[0] != batch:
-            raise InputError(f"input {spec.name}: expected batch {batch} as the inputs before it, got {shape[0]}")
-
-
-def _sizes(shape: Sequence[int | None]) -> str:
-    return "[" + ", ".join("batch" if size is None else str(size) for size in shape) + "]"
+        if not spec.takes(shape):
+            raise InputError(f"input {spec.name}: expected shape {spec.sizes}, got {list(shape)}")
+        for axis, wanted in enumerate(spec.shape):
+            if wanted is None:
+                name, size = spec.axis_name(axis), shape[axis]
+                low, high = batch_limits if batch_limits is not None and name == BATCH else (size, size)
+                if not low <= size <= high:
+                    raise InputError(f"input {spec.name}: this engine takes a batch of {low} to {high}, got {size}")
+                if known.setdefault(name, size) != size:
+                    raise InputError(
+                        f"input {spec.name}: expected {name} {known[name]} as the inputs before it, got {size}"
+                    )

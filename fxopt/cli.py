@@ -22,7 +22,7 @@ from fxopt import registry
 from fxopt.cli_output import Output, one_line, options_of, options_text, summary_of, summary_of_tensor
 from fxopt.errors import BackendUnavailable, FxoptError, InputError, first_line
 from fxopt.frontends.capture import Frontend
-from fxopt.input_source import as_example_inputs, gather_inputs, parse_input
+from fxopt.input_source import as_example_inputs, gather_inputs, parse_axes, parse_input
 from fxopt.model_source import load_model, load_weights
 from fxopt.passes_base import Plan
 from fxopt.structure import flatten
@@ -227,6 +227,15 @@ def compile_model(
     weights: Weights = None,
     inputs: Inputs = None,
     dynamic_batch: Annotated[bool, typer.Option(help="keep the batch size open")] = True,
+    dynamic_axes: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--dynamic-axis",
+            metavar="INPUT:AXIS[=NAME]",
+            help="keep the size of another axis open, as in x:2=height; repeat it. Axes of one name have one size.",
+            show_default=False,
+        ),
+    ] = None,
     frontend: HowCaptured = "auto",
     compress: Annotated[bool, typer.Option("--compress", help="save compressed files: for weights with zeros")] = False,
     as_json: AsJson = False,
@@ -244,6 +253,7 @@ def compile_model(
             passes=_specs(passes),
             backend=backend,
             dynamic_batch=dynamic_batch,
+            dynamic_axes=parse_axes(dynamic_axes or []),
             frontend=frontend,
         )
         compiled.save(directory, compress=compress)

@@ -19,12 +19,14 @@ import torch
 
 from fxopt.backend import TensorSpec
 from fxopt.errors import InputError, first_line
+from fxopt.free_axes import BATCH
 
-__all__ = ["InputSpec", "as_example_inputs", "gather_inputs", "parse_input", "read_image", "read_tensors"]
+__all__ = ["InputSpec", "as_example_inputs", "gather_inputs", "parse_axes", "parse_input", "read_image", "read_tensors"]
 
 _IMAGE_SUFFIXES = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".webp"})
 
 _SPEC = re.compile(r"(?:(?P<name>[A-Za-z_]\w*)=)?(?P<shape>\d+(?:x\d+)*)?(?::(?P<dtype>\w+))?")
+_AXIS = re.compile(r"(?P<input>[A-Za-z_]\w*):(?P<axis>\d+)(?:=(?P<name>[A-Za-z_]\w*))?")
 _DTYPES = {
     "float64": torch.float64,
     "float32": torch.float32,
@@ -82,6 +84,27 @@ def parse_input(text: str) -> InputSpec:
     return InputSpec(shape=shape, dtype=_DTYPES[dtype], name=match["name"])
 
 
+def parse_axes(texts: Sequence[str]) -> dict[str, dict[int, str]]:
+    """Reads `INPUT:AXIS[=NAME]`, one axis each, as `dynamic_axes` for `fxopt.compile`.
+
+    >>> parse_axes(["x:2=height", "x:3"])
+    {'x': {2: 'height', 3: 'x_3'}}
+
+    Raises:
+        InputError: if a text has another form, or names an axis again.
+    """
+    found: dict[str, dict[int, str]] = {}
+    for text in texts:
+        match = _AXIS.fullmatch(text)
+        if match is None:
+            raise InputError(f"cannot read the axis {text!r}: write an input and an axis of it, such as x:2=height")
+        axis, axes = int(match["axis"]), found.setdefault(match["input"], {})
+        if axis in axes:
+            raise InputError(f"axis {axis} of {match['input']} is given twice")
+        axes[axis] = match["name"] or f"{match['input']}_{axis}"
+    return found
+
+
 def as_example_inputs(specs: Sequence[InputSpec]) -> tuple[torch.Tensor, ...] | dict[str, torch.Tensor]:
     """Random inputs: a mapping if the specs are named, else a tuple.
 
@@ -111,7 +134,8 @@ def gather_inputs(
         std: see `read_image`.
 
     Raises:
-        InputError: if a text cannot be read, names no input, or there are more than the engine takes.
+        InputError: if a text cannot be read, names no input, or there are more than the engine takes; or if an input
+            that is not given has an axis, other than the batch, of which nothing tells the size.
     """
     given: dict[str, torch.Tensor] = {}
     for text in texts:
@@ -125,11 +149,21 @@ def gather_inputs(
             if key in given:
                 raise InputError(f"--input {text}: {key} is given twice")
             given[key] = tensor
-    batches = [given[spec.name].shape[0] for spec in specs if spec.name in given and spec.shape[:1] == (None,)]
-    batch = batches[0] if batches else 1
+    sizes = {
+        spec.axis_name(axis): given[spec.name].shape[axis]
+        for spec in specs
+        if spec.name in given and spec.takes(given[spec.name].shape)
+        for axis, size in enumerate(spec.shape)
+        if size is None
+    }
+    sizes.setdefault(BATCH, 1)
     for seed, spec in enumerate(specs):
         if spec.name not in given:
-            shape = tuple(batch if size is None else size for size in spec.shape)
+            free = [spec.axis_name(axis) for axis, size in enumerate(spec.shape) if size is None]
+            unknown = next((name for name in free if name not in sizes), None)
+            if unknown is not None:
+                raise InputError(f"{unknown} of the input {spec} may have any size: add --input {spec.name}=SHAPE")
+            shape = tuple(sizes[spec.axis_name(axis)] if size is None else size for axis, size in enumerate(spec.shape))
             given[spec.name] = InputSpec(shape=shape, dtype=spec.dtype).random(seed)
     return [given[spec.name] for spec in specs]
 
@@ -141,8 +175,7 @@ def _read_value(
     path = Path(value)
     spec = next((spec for spec in specs if spec.name == name), None)
     if path.suffix.lower() in _IMAGE_SUFFIXES:
-        shape = [1 if size is None else size for size in spec.shape] if spec is not None else []
-        return {name: read_image(path, shape, mean=mean, std=std)}
+        return {name: read_image(path, spec.shape if spec is not None else (), mean=mean, std=std)}
     if path.suffix:
         tensors = read_tensors(path)
         return {name: next(iter(tensors.values()))} if len(tensors) == 1 else tensors
@@ -174,12 +207,12 @@ def read_tensors(path: Path) -> Mapping[str, torch.Tensor]:
         raise InputError(f"{path} is no plain tensor file; objects of Python classes are never unpickled") from error
 
 
-def read_image(path: Path, shape: Sequence[int], *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
+def read_image(path: Path, shape: Sequence[int | None], *, mean: Sequence[float], std: Sequence[float]) -> torch.Tensor:
     """A picture, scaled and cut to its centre: `(pixel / 255 - mean) / std`, float32, (1, 3, height, width).
 
     Args:
         path: the picture.
-        shape: the input that it is for, (batch, 3, height, width).
+        shape: the input that it is for, (batch, 3, height, width); None for a size of the picture's own.
         mean: per channel, or one for all.
         std: per channel, or one for all.
 
@@ -194,7 +227,8 @@ def read_image(path: Path, shape: Sequence[int], *, mean: Sequence[float], std: 
         raise InputError(f"reading {path} needs Pillow: pip install 'fxopt[vision]'") from error
     try:
         with Image.open(path) as image:
-            fitted = ImageOps.fit(image.convert("RGB"), (shape[3], shape[2]), Image.Resampling.BILINEAR)
+            size = (shape[3] or image.width, shape[2] or image.height)
+            fitted = ImageOps.fit(image.convert("RGB"), size, Image.Resampling.BILINEAR)
     except OSError as error:
         raise InputError(f"cannot read {path}: {first_line(error)}") from error
     pixels = torch.from_numpy(numpy.array(fitted)).permute(2, 0, 1)[None].float() / 255

@@ -27,7 +27,8 @@ EfficientNet-Lite0, whose outputs are off by as much as 0.08 for being quantized
 def disagreement(program: Program, engine: Engine, backend: Backend, reference: Reference) -> str | None:
     """How an engine's answers differ from the program's by more than rounding explains; None if they do not.
 
-    They are compared on the example inputs, and on another batch size if the engine takes that.
+    They are compared on the example inputs, at other sizes of free axes, and on another batch size if the engine takes
+    that.
 
     Args:
         program: what was lowered.
@@ -51,8 +52,10 @@ def disagreement(program: Program, engine: Engine, backend: Backend, reference: 
 
 
 def _takes(engine: Engine, program: Program, inputs: Sequence[torch.Tensor]) -> bool:
-    """Whether an engine takes the batch of these inputs, which are not those of its program."""
-    if program.batch is None or any(None not in spec.shape for spec in engine.inputs):
+    """Whether an engine takes the sizes of these inputs, which are not those of its program's example."""
+    if not all(spec.takes(tensor.shape) for spec, tensor in zip(engine.inputs, inputs, strict=True)):
         return False
+    if program.batch is None:
+        return True
     low, high = engine.batch_limits or (0, math.inf)
     return low <= inputs[program.batch.inputs[0]].shape[0] <= high

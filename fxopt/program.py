@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from fxopt.codegen import StructuredCodeGen
 from fxopt.errors import InputError
+from fxopt.free_axes import BATCH, FreeAxis, resized
 from fxopt.integer_scheme import Scheme
 from fxopt.interpret import Watch, run_graph
 from fxopt.ops import Call, resolve
@@ -54,6 +55,7 @@ class Program:
         batch: the batch axis, or None if the batch size is fixed.
         loss: what the outputs and the targets of a calibration batch come to, a scalar tensor; None for a usual choice.
         fixed_batch: why the batch size is fixed; None if it is not, or if there is no batch.
+        free_axes: the axes beside the batch that may have any size.
         properties: what passes have established ("quantized", ...); see `Pass.provides`.
         report: what the passes run so far have done.
         frontend: which frontend captured it, "symbolic" or "export".
@@ -67,6 +69,7 @@ class Program:
         *,
         frontend: str,
         batch: BatchAxis | None = None,
+        free_axes: tuple[FreeAxis, ...] = (),
         calibration: Iterable[Any] | None = None,
         target: Target | None = None,
     ) -> None:
@@ -83,6 +86,7 @@ class Program:
         self.frontend = frontend
         self.batch = batch
         self.fixed_batch: str | None = None
+        self.free_axes = free_axes
         self.loss: Loss | None = None
         self.calibration = calibration
         self.target = target or Target.detect()
@@ -291,6 +295,20 @@ class Program:
             _random_like(tensor, size if index in batched else None, generator)
             for index, tensor in enumerate(self.example_inputs)
         )
+
+    def inputs_at_other_sizes(self) -> tuple[torch.Tensor, ...]:
+        """The example inputs with another size of all free axes; the batch is the example's."""
+        return resized(self.example_inputs, {axis.places: axis.other for axis in self.free_axes})
+
+    def axis_names(self, *, batch: bool) -> dict[tuple[int, int], str]:
+        """What axes that may have any size are called, by flat input and axis.
+
+        Args:
+            batch: whether that of the batch is among them, if it is free.
+        """
+        carriers = self.batch.inputs if batch and self.batch is not None else ()
+        free = {place: axis.name for axis in self.free_axes for place in axis.places}
+        return {(index, 0): BATCH for index in carriers} | free
 
     def copy(self) -> Program:
         """An independent program that shares all tensors with this one. Costs O(nodes)."""

@@ -22,7 +22,8 @@ class Reference(NamedTuple):
     """What a program answers on the inputs that it is judged by.
 
     Attributes:
-        cases: flat inputs: the example's own, and fresh random ones at another batch size.
+        cases: flat inputs: the example's own, these at another size of free axes, and fresh random ones at another
+            batch size.
         outputs: flat outputs for each case.
         tolerance: relative error that rounding may cause.
         notes: what could not be tried, and why.
@@ -35,17 +36,20 @@ class Reference(NamedTuple):
 
     @classmethod
     def of(cls, program: Program) -> Reference:
-        """Runs the program on the example inputs, and on random inputs at another batch size."""
+        """Runs the program on the example inputs, at another size of free axes, and on random inputs."""
         fresh = program.inputs_with_batch(other_batch_size(program), seed=1)
-        outputs = seeded_run(program, program.example_inputs)
+        cases = [program.example_inputs]
+        if program.free_axes:
+            cases.append(program.inputs_at_other_sizes())
+        outputs = [seeded_run(program, inputs) for inputs in cases]
         # by every value that the run gave: a product of float16 values may need no float16 parameter
         values = specs_in(tuple(program.analysis(shapes).values()))
         tolerance = rounding_tolerance((*program.module.parameters(), *values))
         try:
-            return cls((program.example_inputs, fresh), (outputs, seeded_run(program, fresh)), tolerance)
+            return cls((*cases, fresh), (*outputs, seeded_run(program, fresh)), tolerance)
         except Exception as error:  # noqa: BLE001 (a model may refuse values in any way of its own: the reason is kept)
             note = f"random inputs were not tried: the model refuses them ({first_line(error)})"
-            return cls((program.example_inputs,), (outputs,), tolerance, (note,))
+            return cls(tuple(cases), tuple(outputs), tolerance, (note,))
 
     def after(self, program: Program) -> Reference:
         """The reference for the next pass: what `program` answers on the same inputs."""
@@ -146,7 +150,13 @@ def in_double(program: Program) -> Program:
             node.args = (node.args[0], torch.float64)
     inputs = tuple(item.double() if item.is_floating_point() else item for item in program.example_inputs)
     double = Program(
-        module, program.signature, inputs, frontend=program.frontend, batch=program.batch, target=program.target
+        module,
+        program.signature,
+        inputs,
+        frontend=program.frontend,
+        batch=program.batch,
+        free_axes=program.free_axes,
+        target=program.target,
     )
     double.properties = program.properties
     return double

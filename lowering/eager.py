@@ -129,6 +129,7 @@ class _ProgramEngine(_TorchEngine):
         super().__init__(module, inputs, device, training=program.training)
         self._graph_module = module
         self._examples = example_inputs(program, inputs)
+        self._free = program.axis_names(batch=any(spec.shape and spec.shape[0] is None for spec in inputs))
         self._fixed_reason = ""
 
     def save(self, directory: Path) -> None:
@@ -137,7 +138,7 @@ class _ProgramEngine(_TorchEngine):
             save_archive(exported, directory / _FILE)
 
     def _export(self) -> ExportedProgram:
-        exported, reason = export(self._graph_module, self._examples, self.inputs)
+        exported, reason = export(self._graph_module, self._examples, self._free)
         if reason:
             self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {reason}"
             warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)

@@ -89,7 +89,7 @@ class InductorBackend(Backend):
         program = legalize(without_masks(program))
         inputs = TensorSpec.of_program(program, dynamic_batch=dynamic_batch and program.batch is not None)
         examples = example_inputs(program, inputs)
-        exported, reason = export(program.flat_module(), examples, inputs)
+        exported, reason = export(program.flat_module(), examples, program.axis_names(batch=dynamic_batch))
         if reason:
             assert program.batch is not None
             notes.append(f"fixed batch of {examples[0].shape[0]}: {reason}")

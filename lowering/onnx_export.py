@@ -1,7 +1,8 @@
-"""From a program to an `OnnxModel`, with a dynamic batch where the exporter can keep one.
+"""From a program to an `OnnxModel`, with a dynamic batch where the exporter can keep one, and other free axes.
 
-The exporter specialises sizes 0 and 1, so a dynamic batch is exported from an example of at least 2. Whether the batch
-really stayed dynamic is read from the exported graph, not assumed.
+The exporter specialises sizes 0 and 1, so sizes that are to stay free are exported from an example of at least 2.
+Whether they really stayed free is read from the exported graph, not assumed: a fixed batch is a warning, and any other
+axis an error.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,6 +18,7 @@ import torch
 
 from fxopt.backend import FixedBatchWarning
 from fxopt.errors import BackendError
+from fxopt.free_axes import BATCH, resized
 from fxopt.lowering.onnx_integers import PACKED_OPSET, four_bit_tensors, in_four_bits, spell_integers
 from fxopt.lowering.onnx_legalize import legalize
 from fxopt.lowering.onnx_model import OnnxModel
@@ -33,7 +35,7 @@ __all__ = ["Exported", "export"]
 _log = logging.getLogger(__name__)
 
 _EXPORTER_LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir")
-_BATCH = "batch"
+_SMALLEST = 2  # torch.export takes smaller sizes for constants
 _REASON_LENGTH = 300
 
 
@@ -57,50 +59,64 @@ class _Held(NamedTuple):
     Attributes:
         names: all of them; the exporter's optimizer would undo it.
         four_bits: the sizes of those of 4 bits.
-        opset_21: whether that version of ONNX is needed to say what they are.
+        opset: the version of ONNX that says what they are; None: the exporter's own choice.
     """
 
     names: frozenset[str]
     four_bits: Mapping[str, tuple[int, int]]
-    opset_21: bool
+    opset: int | None
 
     @classmethod
-    def of(cls, program: Program) -> _Held:
-        """Those of a program."""
+    def of(cls, program: Program, opset: int | None) -> _Held:
+        """Those of a program, in the version that was asked for.
+
+        Raises:
+            BackendError: if that cannot say what they are.
+        """
         ops = {str(node.target): op for node in program.nodes if (op := program.op(node)) in HELD}
         names = frozenset(f"{path}.codes" for path in ops)
-        return cls(names, four_bit_tensors(program), "packed_weight" in ops.values())
+        if "packed_weight" in ops.values():
+            if opset is not None and opset < PACKED_OPSET:
+                raise BackendError(
+                    f"opset {opset} has no scales for blocks of a weight, which this program needs: "
+                    f"ask for {PACKED_OPSET}, or for none"
+                )
+            opset = opset or PACKED_OPSET
+        return cls(names, four_bit_tensors(program), opset)
 
 
-def export(program: Program, *, dynamic_batch: bool, dequantize: bool = False) -> Exported:
+def export(program: Program, *, dynamic_batch: bool, opset: int | None = None, dequantize: bool = False) -> Exported:
     """The program as ONNX. Input names are those of the signature; output names are made from their paths.
 
     Args:
         program: left unchanged.
         dynamic_batch: whether any batch size is wanted.
+        opset: the version of ONNX's operators; None: the exporter's own choice.
         dequantize: see `spell_integers`.
 
     Raises:
-        BackendError: if the exporter fails with a fixed batch too.
+        BackendError: if the exporter fails with a fixed batch too, or the program cannot be said in that version.
     """
     program = legalize(without_masks(program))
-    held = _Held.of(program)
+    held = _Held.of(program, opset)
     program = spell_integers(program, dequantize=dequantize)
-    axes = program.batch.inputs if dynamic_batch and program.batch is not None else ()
-    if not axes:
-        return Exported(_export_or_raise(program, held), False, [])
+    free = program.axis_names(batch=dynamic_batch)
+    others = {place: name for place, name in free.items() if name != BATCH}
+    if len(others) == len(free):
+        return Exported(_export_or_raise(program, others, held), False, [])
     reason = ""
     try:
-        exported = _export(program, axes, held)
+        exported = _export(program, free, held)
     except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason in the warning and the note)
         reason = f"the exporter failed: {_summary(error)}"
         _log.debug("export with a dynamic batch failed", exc_info=True)
     else:
-        lost = [program.signature.names[index] for index in axes if not _is_free(exported.graph.inputs[index])]
+        lost = _fixed(exported, free)
         if not lost:
             return Exported(OnnxModel.from_ir(exported), True, [])
-        reason = f"the exporter fixed the batch of {', '.join(lost)}"
-    fallback = _export_or_raise(program, held)
+        names = [program.signature.names[index] for index, axis in lost if (index, axis) not in others]
+        reason = f"the exporter fixed the batch of {', '.join(names)}" if names else "it was needed to fix others"
+    fallback = _export_or_raise(program, others, held)
     assert program.batch is not None
     note = f"fixed batch of {program.batch.size}: {reason}"
     warnings.warn(
@@ -111,23 +127,33 @@ def export(program: Program, *, dynamic_batch: bool, dequantize: bool = False) -
     return Exported(fallback, False, [note])
 
 
-def _export_or_raise(program: Program, held: _Held) -> OnnxModel:
+def _export_or_raise(program: Program, free: Mapping[tuple[int, int], str], held: _Held) -> OnnxModel:
+    with_sizes = f" with any {', '.join(dict.fromkeys(free.values()))}" if free else ""
     try:
-        return OnnxModel.from_ir(_export(program, (), held))
+        exported = _export(program, free, held)
     except Exception as error:
         raise BackendError(
-            f"torch.onnx.export cannot export this program: {_summary(error)}. backend='eager' runs it without that."
+            f"torch.onnx.export cannot export this program{with_sizes}: {_summary(error)}. "
+            "backend='eager' runs it without that."
         ) from error
+    lost = _fixed(exported, free)
+    if lost:
+        names = ", ".join(dict.fromkeys(free[place] for place in lost))
+        raise BackendError(f"torch.onnx.export fixed {names}. backend='eager' runs the program without that.")
+    return OnnxModel.from_ir(exported)
 
 
-def _export(program: Program, axes: Sequence[int], held: _Held) -> onnx_ir.Model:
+def _export(program: Program, free: Mapping[tuple[int, int], str], held: _Held) -> onnx_ir.Model:
     import onnx_ir.passes.common as ir_passes
     from onnxscript.optimizer import optimize_ir
 
-    inputs = program.example_inputs
-    if axes and program.batch is not None and program.batch.size < 2:
-        inputs = program.inputs_with_batch(2)
-    shapes = tuple({0: _BATCH} if index in axes else None for index in range(len(inputs)))
+    inputs = program.inputs_at_other_sizes()
+    if BATCH in free.values() and program.batch is not None and program.batch.size < _SMALLEST:
+        inputs = resized(inputs, {tuple((index, 0) for index in program.batch.inputs): _SMALLEST})
+    axes: list[dict[int, str]] = [{} for _ in inputs]
+    for (index, axis), name in free.items():
+        axes[index][axis] = name
+    shapes = tuple(item or None for item in axes)
 
     def exported(*, optimize: bool) -> onnx_ir.Model:
         with torch.no_grad(), _quiet_exporter():
@@ -136,11 +162,11 @@ def _export(program: Program, axes: Sequence[int], held: _Held) -> onnx_ir.Model
                 tuple(tensor.detach() for tensor in inputs),
                 dynamo=True,
                 verbose=False,
-                dynamic_shapes=shapes if axes else None,
+                dynamic_shapes=shapes if free else None,
                 input_names=list(program.signature.names),
                 output_names=_output_names(program),
                 optimize=optimize,
-                opset_version=PACKED_OPSET if held.opset_21 else None,
+                opset_version=held.opset,
             )
         assert found is not None
         return found.model
@@ -153,6 +179,9 @@ def _export(program: Program, axes: Sequence[int], held: _Held) -> onnx_ir.Model
         # seen where its optimizer joins two Clips: it forgets to register the bounds. ONNX Runtime optimizes too.
         _log.debug("the exporter's optimizer lost %s; exported without it", ", ".join(_lost(model)))
         model = exported(optimize=False)
+    found = model.opset_imports.get("")
+    if held.opset is not None and found != held.opset:
+        raise BackendError(f"the exporter gave opset {found} in place of {held.opset}")
     # The exporter leaves a stack trace on every node: larger than the graph, and it names the user's paths.
     ir_passes.ClearMetadataAndDocStringPass()(model)
     return model
@@ -185,8 +214,10 @@ def _output_names(program: Program) -> list[str]:
     return names
 
 
-def _is_free(value: onnx_ir.Value) -> bool:
-    return value.shape is not None and len(value.shape) > 0 and not isinstance(value.shape[0], int)
+def _fixed(model: onnx_ir.Model, free: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """The places, of those that were to be free, that have a size."""
+    shapes = [value.shape for value in model.graph.inputs]
+    return [(index, axis) for index, axis in free if (shape := shapes[index]) is None or isinstance(shape[axis], int)]
 
 
 @contextmanager

@@ -20,7 +20,7 @@ takes over as they are. To run, they are of no use.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -30,6 +30,8 @@ from fxopt import edit
 from fxopt.analysis.shapes import shapes
 from fxopt.dynamic_linear import DynamicLinear
 from fxopt.dynamic_lstm import DynamicLSTM
+from fxopt.lowering.onnx_nodes import node as _node
+from fxopt.lowering.onnx_nodes import nodes as _nodes
 from fxopt.packed_weight import PackedWeight
 from fxopt.sharing import share_module
 
@@ -195,33 +197,3 @@ class _LSTM(DynamicLSTM):
 
 
 _OURS = (DynamicLinear, DynamicLSTM, PackedWeight)
-
-
-def _node(
-    operator: str,
-    inputs: Sequence[Tensor | None],
-    dtype: torch.dtype,
-    sizes: Sequence[Any],
-    attributes: dict[str, Any] | None = None,
-) -> Tensor:
-    """A node of ONNX with one output."""
-    import torch.onnx.ops
-
-    found: Tensor = torch.onnx.ops.symbolic(operator, inputs, attributes, dtype=dtype, shape=sizes)
-    return found
-
-
-def _nodes(
-    operator: str,
-    inputs: Sequence[Tensor | None],
-    dtypes: Sequence[torch.dtype],
-    sizes: Sequence[Sequence[Any]],
-    attributes: dict[str, Any] | None = None,
-) -> Sequence[Tensor]:
-    """A node of ONNX with several outputs."""
-    import torch.onnx.ops
-
-    found: Sequence[Tensor] = torch.onnx.ops.symbolic_multi_out(
-        operator, inputs, attributes, dtypes=dtypes, shapes=sizes
-    )
-    return found

@@ -5,8 +5,8 @@ are merged for the call and split again behind it; a missing one is added and ta
 axes of the query goes the same way; one of [tokens, tokens] is broadcast over whatever leads; any other is left to the
 exporter.
 
-Recurrent layers in 16 bits: ONNX Runtime crashes while it loads one with a matrix product behind it (1.32, float16, on
-the CPU), where it has no kernel for them anyway. They compute in float32, between casts.
+Recurrent layers: see `onnx_recurrent`. In 16 bits ONNX Runtime crashes while it loads one with a matrix product behind
+it (1.32, float16, on the CPU), where it has no kernel for them anyway. They compute in float32, between casts.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ import copy
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_map
+from torch import fx, nn
 
 from fxopt import edit
 from fxopt.analysis.shapes import TensorSpec, shapes
+from fxopt.lowering.onnx_recurrent import InSingle, spell_recurrences
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -35,28 +35,16 @@ def legalize(program: Program) -> Program:
     odd = [node.name for node in program.nodes if _is_odd_attention(program, node)]
     small = [node.name for node in program.nodes if _is_small_recurrence(program, node)]
     if not odd and not small:
-        return program
+        return spell_recurrences(program)
     legal = program.copy()
     for name in odd:
         _with_four_axes(legal, legal.node(name))
     for name in small:
         module = legal.module_of(legal.node(name))
         if isinstance(module, nn.RNNBase):
-            edit.set_module(legal, legal.node(name), _InSingle(module))
-    return legal
-
-
-class _InSingle(nn.Module):
-    """A recurrent layer of 16 bits that computes in float32."""
-
-    def __init__(self, layer: nn.RNNBase) -> None:
-        super().__init__()
-        self._dtype = layer.weight_ih_l0.dtype
-        self.layer = copy.deepcopy(layer).float()
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = tree_map(lambda item: item.float() if isinstance(item, Tensor) else item, (args, kwargs))
-        return tree_map(lambda item: item.to(self._dtype), self.layer(*given[0], **given[1]))
+            single = copy.deepcopy(module).float()
+            edit.set_module(legal, legal.node(name), InSingle(single, module.all_weights[0][0].dtype))
+    return spell_recurrences(legal)
 
 
 def _is_small_recurrence(program: Program, node: fx.Node) -> bool:
@@ -82,7 +70,8 @@ def _leads_alike(program: Program, mask: Any, query: Any) -> bool:
 
 def _with_four_axes(program: Program, node: fx.Node) -> None:
     arguments: dict[str, Any] = dict(program.call(node).arguments)
-    shape = _shape(program, arguments["query"])
+    query, shape = arguments["query"], _shape(program, arguments["query"])
+    like_query = _shape(program, arguments["value"])[-1] == shape[-1]
     surplus = len(shape) - _AXES
     names = ["query", "key", "value"]
     if arguments.get("attn_mask") is not None and _leads_alike(program, arguments["attn_mask"], arguments["query"]):
@@ -95,7 +84,9 @@ def _with_four_axes(program: Program, node: fx.Node) -> None:
             merged = edit.insert_before(program, node, torch.unsqueeze, (source, 1))
         arguments[name] = merged
     attention = edit.replace(program, node, torch.nn.functional.scaled_dot_product_attention, (), arguments)
-    if surplus > 0:
+    if surplus > 0 and program.free_axes and like_query:
+        edit.insert_after(program, attention, torch.Tensor.reshape_as, (attention, query))
+    elif surplus > 0:
         edit.insert_after(program, attention, torch.unflatten, (attention, 0, (-1, *shape[1:-3])))
     else:
         edit.insert_after(program, attention, torch.squeeze, (attention, 1))

@@ -36,20 +36,23 @@ class Lowered(NamedTuple):
     seconds: dict[str, float]
 
 
-def onnx_of(program: Program, *, dynamic_batch: bool, optimize: bool, dequantize: bool = False) -> Lowered:
+def onnx_of(
+    program: Program, *, dynamic_batch: bool, optimize: bool, opset: int | None = None, dequantize: bool = False
+) -> Lowered:
     """Exports a program.
 
     Args:
         program: left unchanged.
         dynamic_batch: whether any batch size is wanted.
         optimize: whether onnxoptimizer runs.
+        opset: the version of ONNX's operators; None: the exporter's own choice.
         dequantize: whether all weights that are held as integers are said as DequantizeLinear.
 
     Raises:
         BackendError: if it cannot be exported, or is not valid ONNX.
     """
     started = time.perf_counter()
-    exported = onnx_export.export(program, dynamic_batch=dynamic_batch, dequantize=dequantize)
+    exported = onnx_export.export(program, dynamic_batch=dynamic_batch, opset=opset, dequantize=dequantize)
     after_export = time.perf_counter()
     plain = exported.model
     fitting = two_of_four(program)

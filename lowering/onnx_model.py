@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from fxopt.errors import ArtifactError
+from fxopt.errors import ArtifactError, BackendError
 
 if TYPE_CHECKING:
     import onnx
@@ -30,6 +30,8 @@ DATA_FILE = "model.onnx.data"
 
 _DETACH_ABOVE = 4096  # bytes; small constants stay in the graph, where the optimizer can see them
 _ONE_FILE_BELOW = 2**31 - 2**26  # bytes of weights; what is left is for the graph
+
+_LARGEST_MESSAGE = 2**31 - 1  # bytes, protobuf's own limit
 
 _INT4 = 22
 
@@ -126,8 +128,18 @@ class OnnxModel:
         graph.metadata_props.add(key=key, value=value)
         return OnnxModel(graph, self.weights, self.packed)
 
-    def as_external(self) -> onnx.ModelProto:
-        """A new message that says at which offset of `DATA_FILE` each weight is; those of 4 bits are inside."""
+    def as_external(self, *, largest_message: int = _LARGEST_MESSAGE) -> onnx.ModelProto:
+        """A new message that says at which offset of `DATA_FILE` each weight is; those of 4 bits are inside.
+
+        Raises:
+            BackendError: if these do not fit into a message.
+        """
+        inside = self.nbytes - sum(tensor.nbytes for tensor in self.weights.values())
+        if inside >= largest_message:
+            raise BackendError(
+                f"graph and weights of 4 bits have {inside:,} bytes, and an ONNX file takes {largest_message:,} of "
+                "these: hold more of the weights in 8 bits, which are kept beside it"
+            )
         model, offset = _copy(self.graph), 0
         model.graph.initializer.extend(self.packed)
         for name, tensor in self.weights.items():

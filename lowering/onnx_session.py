@@ -7,6 +7,7 @@ size is ever built.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -90,6 +91,17 @@ class OnnxEngine(Engine):
     def save(self, directory: Path) -> None:
         self._model.save(directory)
 
+    def layers(self) -> list[dict[str, str]]:
+        """The operators that ONNX Runtime runs: read from a second session, as the first one does not tell."""
+        from fxopt.lowering.onnx_layers import layers_in
+
+        threads = self._session.get_session_options().intra_op_num_threads
+        with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
+            path = Path(folder) / "optimized.onnx"
+            providers = list(self._session.get_provider_options().items())
+            open_session(self._model, providers=providers, threads=threads, optimized=path)
+            return layers_in(path)
+
     def info(self) -> Mapping[str, Any]:
         import onnxruntime
 
@@ -108,8 +120,10 @@ class OnnxEngine(Engine):
         }
 
 
-def choose_providers(providers: tuple[str, ...] | None, device: torch.device) -> list[str | tuple[str, dict[str, Any]]]:
-    """The execution providers for a device: those asked for, else CUDA where it is and the CPU.
+def choose_providers(
+    providers: Sequence[str | tuple[str, Any]] | None, device: torch.device
+) -> list[str | tuple[str, dict[str, Any]]]:
+    """The execution providers for a device: those asked for with their options, else CUDA where it is and the CPU.
 
     Raises:
         BackendUnavailable: if one that was asked for is not in this onnxruntime.
@@ -117,17 +131,32 @@ def choose_providers(providers: tuple[str, ...] | None, device: torch.device) ->
     import onnxruntime
 
     available = onnxruntime.get_available_providers()
-    missing = [name for name in providers or () if name not in available]
+    asked = dict((item, ()) if isinstance(item, str) else item for item in providers or ())
+    missing = [name for name in asked if name not in available]
     if missing:
         raise BackendUnavailable(f"this onnxruntime has no {', '.join(missing)}; it has {', '.join(available)}")
-    wanted = providers or ((_CUDA, _CPU) if device.type == "cuda" and _CUDA in available else (_CPU,))
-    return [(name, {"device_id": device.index or 0}) if name == _CUDA else name for name in wanted]
+    own = (_CUDA, _CPU) if device.type == "cuda" and _CUDA in available else (_CPU,)
+    chosen: list[str | tuple[str, dict[str, Any]]] = []
+    for name, options in (asked or dict.fromkeys(own, ())).items():
+        given = ({"device_id": device.index or 0} if name == _CUDA else {}) | dict(options)
+        chosen.append((name, given) if given else name)
+    return chosen
 
 
 def open_session(
-    model: OnnxModel, *, providers: Sequence[str | tuple[str, dict[str, Any]]], threads: int
+    model: OnnxModel,
+    *,
+    providers: Sequence[str | tuple[str, dict[str, Any]]],
+    threads: int,
+    optimized: Path | None = None,
 ) -> onnxruntime.InferenceSession:
     """A session with all graph optimizations. It keeps the model's weights alive and may read them in place.
+
+    Args:
+        model: the model.
+        providers: ONNX Runtime's execution providers.
+        threads: for one operator.
+        optimized: a file to write the optimized model to, with its weights beside it.
 
     Raises:
         BackendError: if ONNX Runtime refuses the model.
@@ -138,6 +167,11 @@ def open_session(
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
     options.intra_op_num_threads = threads
     options.log_severity_level = _ERRORS_ONLY
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+        prefix = "session.optimized_model_external_initializers"
+        options.add_session_config_entry(f"{prefix}_file_name", f"{optimized.name}.data")
+        options.add_session_config_entry(f"{prefix}_min_size_in_bytes", "1024")
     values = [onnxruntime.OrtValue.from_dlpack(tensor) for tensor in model.weights.values()]
     options.add_external_initializers(list(model.weights), values)
     try:

@@ -99,6 +99,12 @@ class _Tensorrt(Backend):
         from fxopt.lowering.tensorrt_build import build
         from fxopt.lowering.tensorrt_engine import TensorrtEngine
 
+        if program.free_axes:
+            names = ", ".join(axis.name for axis in program.free_axes)
+            raise BackendError(
+                f"a {self.name} engine is made for a range of sizes, and none is known for {names}: leave it out of "
+                "dynamic_axes and compile for each size, or use backend='onnx'"
+            )
         module, device = load_module(self.name), self.device(program.target)
         lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=True, dequantize=True)
         batches = self._batches(program) if lowered.dynamic_batch else None

@@ -30,7 +30,7 @@ def network_layers(network: Any) -> list[dict[str, str]]:
     for layer in layers:
         source = layer.get_input(0) if layer.num_inputs else None
         if layer.type.name == "DEQUANTIZE":
-            held[layer.get_output(0).name] = type_name(source.dtype)
+            held[layer.get_output(0).name] = type_name(layer.get_input(0).dtype)
         elif layer.type.name == "SHUFFLE" and source is not None and source.name in held:
             held[layer.get_output(0).name] = held[source.name]
     return [

@@ -1,11 +1,11 @@
-"""Exporting a flat module by `torch.export`, with a dynamic batch where it allows that."""
+"""Exporting a flat module by `torch.export`, with free axes, and a dynamic batch where it allows that."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,32 +14,36 @@ from torch.export import Dim, ExportedProgram
 
 from fxopt.backend import TensorSpec
 from fxopt.errors import BackendError, first_line
+from fxopt.free_axes import BATCH, resized
 from fxopt.program import Program
+from fxopt.recurrent_shapes import whole_recurrences
 
 __all__ = ["example_inputs", "export", "quiet"]
 
 _log = logging.getLogger(__name__)
 
 _LOGGERS = ("torch", "torchao")
+_SMALLEST = 2  # torch.export takes smaller sizes for constants
 
 
 def example_inputs(program: Program, inputs: Sequence[TensorSpec]) -> tuple[torch.Tensor, ...]:
-    """What a program is exported with: torch.export takes a batch of 0 or 1 for a constant."""
-    if any(spec.shape and spec.shape[0] is None for spec in inputs):
-        assert program.batch is not None
-        return program.inputs_with_batch(max(2, program.batch.size))
-    return program.example_inputs
+    """What a program is exported with: torch.export takes a batch of 0 or 1, and sizes that agree, for constants."""
+    examples = program.inputs_at_other_sizes() if program.free_axes else program.example_inputs
+    free = BATCH in program.axis_names(batch=any(spec.shape and spec.shape[0] is None for spec in inputs)).values()
+    if free and program.batch is not None and program.batch.size < _SMALLEST:
+        return resized(examples, {tuple((index, 0) for index in program.batch.inputs): _SMALLEST})
+    return examples
 
 
 def export(
-    module: nn.Module, examples: Sequence[torch.Tensor], inputs: Sequence[TensorSpec]
+    module: nn.Module, examples: Sequence[torch.Tensor], free: Mapping[tuple[int, int], str]
 ) -> tuple[ExportedProgram, str]:
     """Exports a module.
 
     Args:
         module: takes and gives flat tensors.
         examples: that it is called with.
-        inputs: of which an axis 0 without a size is to stay free.
+        free: names of the axes that are to stay free, by flat input and axis, as `Program.axis_names` gives them.
 
     Returns:
         The exported program, and why its batch is that of the examples where it was to be free; "" if it is free.
@@ -47,32 +51,47 @@ def export(
     Raises:
         BackendError: if it cannot be exported with a fixed batch either.
     """
-    shapes = tuple({0: Dim.DYNAMIC} if spec.shape and spec.shape[0] is None else None for spec in inputs)
+    others = {place: name for place, name in free.items() if name != BATCH}
     reason = ""
     with quiet():
-        if any(shapes):
+        if len(others) < len(free):
             try:
-                return _export(module, examples, shapes), ""
+                return _export(module, examples, free), ""
             except Exception as error:  # noqa: BLE001 (whatever it is becomes the reason)
                 _log.debug("export with a dynamic batch failed", exc_info=True)
                 reason = first_line(error)
         try:
-            return _export(module, examples, None), reason
+            return _export(module, examples, others), reason
         except Exception as error:
             raise BackendError(f"torch.export cannot export this program: {first_line(error)}") from error
 
 
-def _export(module: nn.Module, examples: Sequence[torch.Tensor], shapes: Any) -> ExportedProgram:
+def _export(
+    module: nn.Module, examples: Sequence[torch.Tensor], free: Mapping[tuple[int, int], str]
+) -> ExportedProgram:
+    """The program with these axes free."""
+    shapes: list[dict[int, Any]] = [{} for _ in examples]
+    for (index, axis), name in free.items():
+        # the sizes of other axes may have to be multiples of something
+        shapes[index][axis] = Dim.DYNAMIC if name == BATCH else Dim.AUTO
+    dynamic = tuple(item or None for item in shapes) if free else None
     # torch.export marks the tensors that it is given as dynamic, and leaves the marks if it fails
-    return torch.export.export(module, tuple(tensor.detach() for tensor in examples), dynamic_shapes=shapes)
+    given = tuple(tensor.detach() for tensor in examples)
+    exported = torch.export.export(module, given, dynamic_shapes=dynamic)
+    names = set(exported.graph_signature.user_inputs)
+    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
+    fixed = next((name for (index, axis), name in free.items() if isinstance(values[index].shape[axis], int)), None)
+    if fixed is not None:
+        raise BackendError(f"torch.export fixed {fixed}: a value in the program depends on it")
+    return exported
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What torch warns and logs here is about its own insides; warnings go to our debug log."""
+    """What torch warns and logs is about its own insides; warnings go to our debug log. Recurrent layers stay whole."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(record=True) as caught:
+    with whole_recurrences(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -19,7 +19,7 @@ from torch import nn
 
 import fxopt
 from fxopt.cli import main
-from fxopt.input_source import parse_input
+from fxopt.input_source import parse_axes, parse_input
 from tests.conftest import NewProcess
 
 MODELS = """
@@ -229,6 +229,22 @@ def test_named_inputs_and_nested_outputs(command: Command) -> None:
     assert [entry["shape"] for entry in data["outputs"]] == [[4, 5], [4, 5]]
 
 
+def test_axes_of_any_size(command: Command) -> None:
+    axes = ["--dynamic-axis", "x:2=height", "--dynamic-axis", "x:3"]
+    result = command("compile", "zoo:Views", "--input", SHAPE, "--backend", "eager", "-o", "out", *axes)
+    assert result.code == 0, result.err
+    (spec,) = fxopt.load("out").engine.inputs
+    assert str(spec) == "x: float32[batch, 3, height, x_3]"
+    result = command("run", "out")
+    assert result.code == 2
+    assert "height of the input x: float32[batch, 3, height, x_3] may have any size: add --input x=SHAPE" in result.err
+    result = command("run", "out", "--input", "1x3x5x7", "--json")
+    assert [item["shape"] for item in json.loads(result.out)["outputs"]] == [[1, 3, 5, 7], [105], [1, 1, 5, 7]]
+    Image.new("RGB", (9, 6)).save("photo.png")
+    result = command("run", "out", "--input", "photo.png", "--json")
+    assert json.loads(result.out)["outputs"][0]["shape"] == [1, 3, 6, 9]
+
+
 def test_outputs_that_share_memory_are_saved(command: Command) -> None:
     assert command("compile", "zoo:Views", "--input", "2x3", "--backend", "eager", "-o", "out").code == 0
     result = command("run", "out", "--save-outputs", "o.safetensors")
@@ -386,6 +402,14 @@ def test_verbose_logs_to_standard_error(command: Command) -> None:
 def test_output_can_be_piped(new_process: NewProcess) -> None:
     source = "import sys; from fxopt.cli import main; main(['backends', '--json'])"
     assert {entry["name"] for entry in json.loads(new_process.code(source))["backends"]} >= {"eager", "onnx"}
+
+
+def test_axes_are_read() -> None:
+    assert parse_axes(["x:2=height", "ids:1", "x:3"]) == {"x": {2: "height", 3: "x_3"}, "ids": {1: "ids_1"}}
+    with pytest.raises(fxopt.InputError, match="cannot read the axis 'x': write an input and an axis of it"):
+        parse_axes(["x"])
+    with pytest.raises(fxopt.InputError, match="axis 2 of x is given twice"):
+        parse_axes(["x:2", "x:2=height"])
 
 
 def test_input_shapes() -> None:

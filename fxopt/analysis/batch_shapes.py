@@ -2,13 +2,16 @@
 
 A reshape that changes nothing at the example's batch of 1 may well change something at 2. The other batch size is a
 large prime: no axis is likely to have it, and sums, quotients and remainders of it differ from those of a small batch.
-Fake tensors need no memory for it.
+Fake tensors need no memory for it. Other axes of any size (`fxopt/free_axes.py`) become far larger, too, by an odd
+factor, as they may have to be multiples of something; or, where the program refuses that, have the size that is known
+to work.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.interpret import run_graph
+from fxopt.recurrent_shapes import ShapesAlone
 from fxopt.sharing import share_module
 
 if TYPE_CHECKING:
@@ -26,6 +30,7 @@ __all__ = ["BatchShapes", "batch_shapes"]
 
 _log = logging.getLogger(__name__)
 _OTHER_SIZE = 7919
+_FAR = 121  # times the example's size, odd like all that follow for further axes
 
 
 class BatchShapes:
@@ -68,38 +73,48 @@ class BatchShapes:
 
 def batch_shapes(program: Program) -> BatchShapes | None:
     """An analysis; None if a shape or size depends on data, or if an operator refuses the other batch size."""
-    for attempt in (_on_meta, _on_fakes):
+    for far, attempt in product((True, False) if program.free_axes else (True,), (_on_meta, _on_fakes)):
         try:
-            other = attempt(program)
+            other = attempt(program, far=far)
         except Exception as error:  # noqa: BLE001 (operators refuse values without data in many ways: nothing is assumed then)
-            _log.debug("shapes at another batch size %s: %s", attempt.__name__, error)
+            _log.debug("shapes at other sizes, %s, far=%s: %s", attempt.__name__, far, error)
         else:
             return BatchShapes(program.analysis(shapes), other)
     return None
 
 
-def _on_meta(program: Program) -> Mapping[str, Any]:
-    """Shapes at the other batch size, or at the example's if that is fixed: what has no data depends on none."""
+def _on_meta(program: Program, *, far: bool) -> Mapping[str, Any]:
+    """Shapes at the other sizes, or at the example's where they are fixed: what has no data depends on none."""
     twin = program.copy()
-    twin.example_inputs = tuple(_resized(program, index, "meta") for index in range(len(program.example_inputs)))
+    devices: list[str | torch.device] = ["meta"] * len(program.example_inputs)
+    twin.example_inputs = _resized(program, devices, far=far)
     return shapes(twin)
 
 
-def _on_fakes(program: Program) -> Mapping[str, Any]:
+def _on_fakes(program: Program, *, far: bool) -> Mapping[str, Any]:
     """The same for programs that name a device."""
     found: dict[str, Any] = {}
 
     def record(node: fx.Node, value: Any) -> None:
         found[node.name] = TensorSpec(tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else value
 
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        inputs = [_resized(program, index, tensor.device) for index, tensor in enumerate(program.example_inputs)]
+    with FakeTensorMode(allow_non_fake_inputs=True), ShapesAlone():
+        inputs = _resized(program, [tensor.device for tensor in program.example_inputs], far=far)
         run_graph(share_module(program.module), program.graph, inputs, record)
     return found
 
 
-def _resized(program: Program, index: int, device: str | torch.device) -> torch.Tensor:
-    tensor = program.example_inputs[index]
-    batched = program.batch is not None and index in program.batch.inputs
-    shape = (_OTHER_SIZE, *tensor.shape[1:]) if batched else tuple(tensor.shape)
-    return torch.empty(shape, dtype=tensor.dtype, device=device)
+def _resized(program: Program, devices: Sequence[str | torch.device], *, far: bool) -> tuple[torch.Tensor, ...]:
+    """Tensors of the other sizes, on these devices."""
+    carriers = program.batch.inputs if program.batch is not None else ()
+    sizes = {(index, 0): _OTHER_SIZE for index in carriers}
+    for rank, axis in enumerate(program.free_axes):
+        sizes |= dict.fromkeys(axis.places, axis.size * (_FAR + 2 * rank) if far else axis.other)
+    return tuple(
+        torch.empty(
+            [sizes.get((index, axis), size) for axis, size in enumerate(tensor.shape)],
+            dtype=tensor.dtype,
+            device=device,
+        )
+        for index, (tensor, device) in enumerate(zip(program.example_inputs, devices, strict=True))
+    )

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 
 from fxopt.interpret import Watch, run_graph
+from fxopt.recurrent_shapes import ShapesAlone
 from fxopt.sharing import share_module
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ def _on_meta(program: Program) -> dict[str, Any]:
             for name, tensor in tensors.items():
                 tensors[name] = None if tensor is None else _meta(tensor)
     found: dict[str, Any] = {}
-    with torch.device("meta"):
+    with torch.device("meta"), ShapesAlone():
         run_graph(root, program.graph, [_meta(tensor) for tensor in program.example_inputs], _recorder(found))
     return found
 
@@ -97,7 +98,7 @@ def _on_fakes(program: Program) -> dict[str, Any]:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     found: dict[str, Any] = {}
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, ShapesAlone():
         inputs = [mode.from_tensor(tensor.detach()) for tensor in program.example_inputs]
         run_graph(share_module(program.module), program.graph, inputs, _recorder(found))
     return found

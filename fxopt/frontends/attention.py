@@ -7,6 +7,8 @@ the same from the same parameters with every step visible.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,7 +16,18 @@ import torch.nn.functional
 from torch import fx, nn
 from torch.fx.proxy import TraceError
 
-__all__ = ["Attention", "linear_of"]
+__all__ = ["Attention", "linear_of", "plain_attention"]
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Keeps torch from its fast path for attention, which cannot be traced, and leaves out what is padding."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
 
 
 class Attention(nn.Module):

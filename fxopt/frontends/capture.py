@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import warnings
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from torch import fx, nn
 
 from fxopt.compare import compare, rounding_tolerance
 from fxopt.errors import CaptureError, InputError, first_line
+from fxopt.free_axes import DynamicAxes
 from fxopt.frontends.captured import Captured
-from fxopt.program import BatchAxis, Loss, Program
+from fxopt.frontends.subject import Case, Subject, checked
+from fxopt.program import Loss, Program
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored, share_module
-from fxopt.signature import Signature
-from fxopt.structure import Structure, flatten
 from fxopt.target import Target
 
 __all__ = ["Frontend", "StateWarning", "capture"]
@@ -40,6 +39,7 @@ def capture(
     calibration: Iterable[Any] | None = None,
     loss: Loss | None = None,
     target: Target | None = None,
+    dynamic_axes: DynamicAxes | None = None,
 ) -> Program:
     """Captures a model as a `Program`. The model itself is neither changed nor run: a copy is.
 
@@ -52,10 +52,12 @@ def capture(
         loss: for passes that look at its gradients, a function of the model's outputs and a batch's targets; see
             `Program.loss_of`.
         target: where the engine will run; this machine's CPU by default.
+        dynamic_axes: axes beside the batch that are to have any size, by the name of the flat input: names by axis, as
+            in {"x": {2: "height", 3: "width"}}, or the axes alone. Axes of one name have one size.
 
     Raises:
-        InputError: if the inputs do not fit the model.
-        CaptureError: if no frontend can capture it, with the reason of each.
+        InputError: if the inputs do not fit the model, or it takes no other size of an axis that is to be free.
+        CaptureError: if no frontend can capture it, or none keeps these axes free, with the reason of each.
     """
     if frontend not in ("auto", "symbolic", "export"):
         raise InputError(f'frontend must be "auto", "symbolic" or "export", not {frontend!r}')
@@ -66,16 +68,16 @@ def capture(
     _log.info("capturing %s", type(model).__name__)
     if not isinstance(target, Target | None):
         raise InputError(f"target must be a fxopt.Target, such as Target.detect(), not {target!r}")
-    with torch.inference_mode(False), fixed_random_state(), buffers_restored(_checked(model)):
-        program = _capture(model, example_inputs, frontend, calibration, target)
+    with torch.inference_mode(False), fixed_random_state(), buffers_restored(checked(model)):
+        subject = Subject.of(model, example_inputs, {} if dynamic_axes is None else dynamic_axes)
+        program = _capture(model, subject, frontend, calibration, target)
     program.loss = loss
     return program
 
 
 def _capture(
-    model: nn.Module, example_inputs: Any, frontend: Frontend, calibration: Iterable[Any] | None, target: Target | None
+    model: nn.Module, subject: Subject, frontend: Frontend, calibration: Iterable[Any] | None, target: Target | None
 ) -> Program:
-    subject = _Subject.of(model, example_inputs)
     reasons: list[str] = []
     opaque_choice: Program | None = None
     names: list[str] = ["symbolic", "export"] if frontend == "auto" else [frontend]
@@ -86,17 +88,22 @@ def _capture(
             program = _program(name, captured, subject, calibration, target)
             _check_private(program, model)
             _check_answers(program, subject)
+            _check_edges(program, subject, captured)
         except CaptureError as error:
             reasons.append(f"{name}: {error}")
             _log.info("capture by %s failed: %s", name, error)
             if name == "export" and subject.batch is not None:
                 # what depends on the batch size in a way that a free one cannot express holds for the example's
                 fixed = f"the batch size is {subject.batch.size} as in the example: {error}"
-                subject = subject._replace(batch=None, cases=subject.cases[:1], fixed_batch=fixed)
+                subject = subject.with_fixed_batch(fixed)
                 names.insert(0, name)
             continue
         program.report.notes += [f"captured by {name}: {'; '.join(reasons)}"] if reasons else []
-        program.report.notes += [note for note in (captured.note, subject.fixed_batch, subject.state) if note]
+        program.report.notes += [
+            note
+            for note in (captured.note, captured.limits, subject.fixed_batch, subject.state, subject.padding)
+            if note
+        ]
         if subject.state is not None:
             warnings.warn(subject.state, StateWarning, stacklevel=4)
         opaque = _opaque(program)
@@ -111,51 +118,7 @@ def _capture(
     raise CaptureError("the model could not be captured. " + "; ".join(dict.fromkeys(reasons)))
 
 
-class _Subject(NamedTuple):
-    """A private copy of the model, how it is called, and what it answers."""
-
-    model: nn.Module
-    signature: Signature
-    outputs: Structure
-    inputs: tuple[torch.Tensor, ...]
-    batch: BatchAxis | None
-    cases: list[tuple[tuple[torch.Tensor, ...], list[torch.Tensor]]]
-    fixed_batch: str | None
-    state: str | None
-
-    @classmethod
-    def of(cls, model: nn.Module, example_inputs: Any) -> _Subject:
-        private = _private_copy(model)
-        signature, inputs = Signature.of(private, example_inputs)
-        _check_devices(private, inputs)
-        # a tensor of inference mode cannot take part in an export: what is no view of it can
-        inputs = tuple(tensor.clone() if tensor.is_inference() else tensor.detach() for tensor in inputs)
-        if next((tensor.shape[0] for tensor in inputs if tensor.ndim), 1) == 0:
-            raise InputError("the example inputs hold no sample, so nothing could be checked: pass at least one")
-        try:
-            answers, outputs, written = _answers(private, signature, inputs)
-        except InputError:
-            raise
-        except Exception as error:  # the model's own code refuses the inputs in its own way
-            raise InputError(f"the model fails on the example inputs: {type(error).__name__}: {error}") from error
-        if not answers:
-            raise InputError("the model returns no tensor: there is nothing to compile")
-        cases = [(inputs, answers)]
-        batch = _guess_batch(inputs)
-        fixed_batch = None
-        if batch is not None:
-            other = 3 if batch.size == 2 else 2
-            resized = tuple(_resize(item, other) if at in batch.inputs else item for at, item in enumerate(inputs))
-            try:
-                cases.append((resized, _answers(private, signature, resized)[0]))
-            except Exception as error:  # noqa: BLE001 (a model may refuse in any way; the reason is kept)
-                fixed_batch = f"the model takes a batch of {batch.size} and fails on {other} ({first_line(error)})"
-                batch = None
-        state = _state(private, written)
-        return cls(private, signature, outputs, inputs, batch, cases, fixed_batch, state)
-
-
-def _trace(name: str, subject: _Subject) -> Captured:
+def _trace(name: str, subject: Subject) -> Captured:
     from fxopt.frontends.functionalize import functionalize
     from fxopt.frontends.raising import raise_to_modules
     from fxopt.frontends.standardize import standardize
@@ -164,7 +127,9 @@ def _trace(name: str, subject: _Subject) -> Captured:
     if name == "export":
         from fxopt.frontends.export import trace_export
 
-        captured = trace_export(model, subject.signature, subject.inputs, batch=subject.batch)
+        captured = trace_export(
+            model, subject.signature, subject.inputs, batch=subject.batch, free_axes=subject.free_axes
+        )
     else:
         from fxopt.frontends.symbolic import trace_symbolic
 
@@ -175,7 +140,7 @@ def _trace(name: str, subject: _Subject) -> Captured:
 
 
 def _program(
-    name: str, captured: Captured, subject: _Subject, calibration: Iterable[Any] | None, target: Target | None
+    name: str, captured: Captured, subject: Subject, calibration: Iterable[Any] | None, target: Target | None
 ) -> Program:
     signature = subject.signature.with_outputs(captured.outputs)
     _check_outputs(captured, subject)
@@ -185,6 +150,7 @@ def _program(
         subject.inputs,
         frontend=name,
         batch=subject.batch if captured.dynamic_batch else None,
+        free_axes=subject.free_axes,
         calibration=calibration,
         target=target,
     )
@@ -192,7 +158,7 @@ def _program(
     return program
 
 
-def _check_outputs(captured: Captured, subject: _Subject) -> None:
+def _check_outputs(captured: Captured, subject: Subject) -> None:
     """The captured outputs must be tensors, nested as the model nests them, with the same constants between them."""
     output = next(node for node in reversed(captured.module.graph.nodes) if node.op == "output")
     if not isinstance(output.args[0], tuple | list) or not all(isinstance(item, fx.Node) for item in output.args[0]):
@@ -212,109 +178,35 @@ def _check_private(program: Program, model: nn.Module) -> None:
             )
 
 
-def _check_answers(program: Program, subject: _Subject) -> None:
-    """The captured graph must answer like the model, on the example inputs and on another batch size."""
+def _check_answers(program: Program, subject: Subject) -> None:
+    """The captured graph must answer like the model: the example, another batch size, another size of free axes."""
+    for case in subject.cases:
+        if program.batch is not None or not case.of_batch:
+            _check_case(program, subject, case)
+
+
+def _check_edges(program: Program, subject: Subject, captured: Captured) -> None:
+    """Where what was traced may not hold any more, the model must refuse the size, or the graph answer like it."""
+    for name, size in captured.edges:
+        case = subject.case_at(name, size)
+        if case is not None:
+            _check_case(program, subject, case)
+
+
+def _check_case(program: Program, subject: Subject, case: Case) -> None:
     from fxopt.verify import seeded_run
 
-    cases = subject.cases if program.batch is not None else subject.cases[:1]
-    for inputs, expected in cases:
-        try:
-            outputs = seeded_run(program, inputs)
-        except Exception as error:  # burnt-in sizes make operators fail in their own ways
-            raise CaptureError(
-                f"the captured graph fails on a batch of {_batch_size(inputs)}: {first_line(error)}"
-            ) from error
-        difference = compare(expected, outputs)
-        tolerance = rounding_tolerance((*subject.model.parameters(), *expected)) / 10
-        if not difference.within(tolerance):
-            raise CaptureError(
-                f"the captured graph answers differently on a batch of {_batch_size(inputs)}: {difference}"
-            )
+    try:
+        outputs = seeded_run(program, case.inputs)
+    except Exception as error:  # burnt-in sizes make operators fail in their own ways
+        raise CaptureError(f"the captured graph fails on {case.what}: {first_line(error)}") from error
+    difference = compare(case.answers, outputs)
+    tolerance = rounding_tolerance((*subject.model.parameters(), *case.answers)) / 10
+    if not difference.within(tolerance):
+        raise CaptureError(f"the captured graph answers differently on {case.what}: {difference}")
 
 
 def _opaque(program: Program) -> list[str]:
     from fxopt.frontends.symbolic import opaque_calls
 
     return opaque_calls(program.module)
-
-
-def _checked(model: nn.Module) -> nn.Module:
-    """The module that is meant: what `torch.compile` and data parallelism wrap is looked into.
-
-    Raises:
-        InputError: if it is no module, or not initialised.
-        CaptureError: if it holds no Python code.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError("a TorchScript module holds no Python code to trace: capture the nn.Module it was made from")
-    if not isinstance(model, nn.Module):
-        raise InputError(f"model must be an nn.Module, not {type(model).__name__}")
-    model = getattr(model, "_orig_mod", model)
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        model = model.module
-    uninitialised = (nn.parameter.UninitializedParameter, nn.parameter.UninitializedBuffer)
-    tensors = (*model.named_parameters(), *model.named_buffers())
-    lazy = next((name for name, item in tensors if isinstance(item, uninitialised)), None)
-    if lazy is not None:
-        raise InputError(f"{lazy} is not initialised yet: call the model once, then capture it")
-    empty = next((name for name, item in tensors if item.is_meta), None)
-    if empty is not None:
-        raise InputError(f"{empty} is on the meta device, where it has no values: load the model's weights first")
-    return model
-
-
-def _private_copy(model: nn.Module) -> nn.Module:
-    model = _checked(model)
-    # what a hook computed from parameters (weight_norm of old) is no leaf: deepcopy refuses it, the hook makes it anew
-    attributes = [value for module in model.modules() for value in vars(module).values()]
-    computed = [value for value in attributes if isinstance(value, torch.Tensor) and value.grad_fn is not None]
-    try:
-        return copy.deepcopy(model, {id(value): value.detach().clone() for value in computed})
-    except Exception as error:  # what a model holds may refuse in any way: the reason is kept
-        raise CaptureError(f"the model cannot be copied, and fxopt never works on yours: {error}") from error
-
-
-def _check_devices(model: nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    for tensor in inputs:
-        if devices and tensor.ndim and tensor.device not in devices:
-            held = ", ".join(sorted(map(str, devices)))
-            raise InputError(f"an example input is on {tensor.device}, the model on {held}: move one to the other")
-
-
-def _state(model: nn.Module, written: list[str]) -> str | None:
-    """What is worth knowing about buffers that modules in evaluation mode write; in training many do, and may."""
-    modules = dict(model.named_modules())
-    kept = [name for name in written if not modules[name.rpartition(".")[0]].training]
-    return f"the model keeps state in {', '.join(kept)}: an engine answers every call like the first" if kept else None
-
-
-def _answers(
-    model: nn.Module, signature: Signature, inputs: tuple[torch.Tensor, ...]
-) -> tuple[list[torch.Tensor], Structure, list[str]]:
-    """The model's flat outputs, their structure, and the buffers that it wrote, which is undone.
-
-    The run starts from a fixed random state.
-    """
-    args, kwargs = signature.call_arguments([tensor.clone() for tensor in inputs])
-    # attributes that the code assigns stay on the shared copy, buffers that it writes into are put back
-    with torch.no_grad(), fixed_random_state(), buffers_restored(model) as written:
-        answers, outputs = flatten(share_module(model)(*args, **kwargs))
-    return answers, outputs, written
-
-
-def _guess_batch(inputs: tuple[torch.Tensor, ...]) -> BatchAxis | None:
-    """Axis 0 of the first input that has one, and of all inputs that agree with it in size."""
-    size = next((tensor.shape[0] for tensor in inputs if tensor.ndim), 0)
-    indices = tuple(index for index, tensor in enumerate(inputs) if tensor.ndim and tensor.shape[0] == size)
-    return BatchAxis(indices, size) if size else None
-
-
-def _resize(tensor: torch.Tensor, size: int) -> torch.Tensor:
-    """The first `size` entries, repeated as needed, in another order: no answer may hang on a place."""
-    picks = torch.arange(size, device=tensor.device) % tensor.shape[0]
-    return tensor[picks.flip(0)]
-
-
-def _batch_size(inputs: tuple[torch.Tensor, ...]) -> str:
-    return str(next((tensor.shape[0] for tensor in inputs if tensor.ndim), "no axis"))

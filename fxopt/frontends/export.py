@@ -16,11 +16,15 @@ import torch
 from torch import fx, nn
 
 from fxopt.errors import CaptureError
+from fxopt.free_axes import FreeAxis, resized
+from fxopt.frontends.attention import plain_attention
 from fxopt.frontends.captured import Captured
+from fxopt.frontends.exported_sizes import LARGEST, free_limits, input_values
 from fxopt.frontends.functionalize import functionalize
 from fxopt.frontends.hierarchy import find, install, is_persistent
 from fxopt.frontends.raising import raise_to_modules
 from fxopt.program import BatchAxis
+from fxopt.recurrent_shapes import whole_recurrences
 from fxopt.signature import Signature
 from fxopt.structure import Structure, flatten
 
@@ -35,13 +39,17 @@ _CHECKS = {
     "sym_constrain_range",
     "sym_constrain_range_for_size",
 }
-_LARGEST_BATCH = 2**31
 # Batch sizes that no other axis is likely to have, so that nothing seems to depend on the batch by coincidence.
 _FACTORS = (5, 7, 11, 13, 17, 19, 23)
 
 
 def trace_export(
-    model: nn.Module, signature: Signature, example_inputs: Sequence[torch.Tensor], *, batch: BatchAxis | None
+    model: nn.Module,
+    signature: Signature,
+    example_inputs: Sequence[torch.Tensor],
+    *,
+    batch: BatchAxis | None,
+    free_axes: tuple[FreeAxis, ...] = (),
 ) -> Captured:
     """Captures a model with `torch.export`, in the mode (training or evaluation) it is in.
 
@@ -49,15 +57,17 @@ def trace_export(
         model: a private copy of the caller's model; its parameters become those of the result.
         signature: how the model is called.
         example_inputs: flat tensors.
-        batch: the flat inputs whose axis 0 is the batch, or None to keep all shapes fixed.
+        batch: the flat inputs whose axis 0 is the batch, or None to keep its size fixed.
+        free_axes: the axes that may have any size besides.
 
     Raises:
-        CaptureError: if export refuses the model, with export's reason.
+        CaptureError: if export refuses the model, with export's reason, or does not keep an axis free.
     """
     outputs: list[Structure] = []
     wrapper = _Flat(model, signature, outputs.append)
     with _tracing():
-        program, dynamic, note = _export(wrapper, tuple(example_inputs), batch)
+        program, dynamic, note = _export(wrapper, tuple(example_inputs), batch, free_axes)
+        limits = free_limits(program, free_axes)
         try:
             module = _flat_module(program, signature, model)
         except CaptureError as error:
@@ -73,7 +83,7 @@ def trace_export(
         node.meta = {key: value for key, value in node.meta.items() if key == "stack_trace"}
     _late_attributes(module.graph)
     module.recompile()
-    return Captured(module, outputs[-1], dynamic, note)
+    return Captured(module, outputs[-1], dynamic, note, limits.note, limits.edges)
 
 
 def _flat_module(program: torch.export.ExportedProgram, signature: Signature, model: nn.Module) -> fx.GraphModule:
@@ -112,25 +122,21 @@ class _Flat(nn.Module):
 @contextlib.contextmanager
 def _tracing() -> Iterator[None]:
     """Makes what is traced independent of where capture is called."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with torch.enable_grad(), warnings.catch_warnings():
-            # nn.LSTM and nn.GRU assign their flattened weights anew at each call.
-            warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights")
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
+    with torch.enable_grad(), plain_attention(), whole_recurrences(), warnings.catch_warnings():
+        # nn.LSTM and nn.GRU assign their flattened weights anew at each call.
+        warnings.filterwarnings("ignore", message=r"The tensor attributes? .*_flat_weights")
+        yield
 
 
 def _export(
-    wrapper: _Flat, inputs: tuple[torch.Tensor, ...], batch: BatchAxis | None
+    wrapper: _Flat, inputs: tuple[torch.Tensor, ...], batch: BatchAxis | None, axes: tuple[FreeAxis, ...]
 ) -> tuple[torch.export.ExportedProgram, bool, str | None]:
     note = None
+    # export takes sizes of 0 and 1 for constants
+    inputs = resized(inputs, {axis.places: axis.other for axis in axes})
     if batch is not None:
-        dims = tuple({0: torch.export.Dim.AUTO} if index in batch.inputs else None for index in range(len(inputs)))
         try:
-            program = torch.export.export(wrapper, _tiled(inputs, batch), dynamic_shapes=(dims,), strict=False)
+            program = _export_free(wrapper, _tiled(inputs, batch), batch, axes)
         except Exception as error:  # noqa: BLE001 (export raises whatever the model raises; the reason is reported)
             note = _reason(error)
         else:
@@ -138,9 +144,22 @@ def _export(
             if note is None:
                 return program, True, None
     try:
-        return torch.export.export(wrapper, inputs, strict=False), False, note
+        return _export_free(wrapper, inputs, None, axes), False, note
     except Exception as error:
         raise CaptureError(f"torch.export cannot capture {type(wrapper.model).__name__}: {_reason(error)}") from error
+
+
+def _export_free(
+    wrapper: _Flat, inputs: tuple[torch.Tensor, ...], batch: BatchAxis | None, axes: tuple[FreeAxis, ...]
+) -> torch.export.ExportedProgram:
+    """Exports with these sizes free, as far as export can keep them so."""
+    places = [(index, 0) for index in (batch.inputs if batch is not None else ())]
+    places += [place for axis in axes for place in axis.places]
+    dims: list[dict[int, Any]] = [{} for _ in inputs]
+    for index, axis in places:
+        dims[index][axis] = torch.export.Dim.AUTO
+    dynamic = (tuple(item or None for item in dims),) if places else None
+    return torch.export.export(wrapper, inputs, dynamic_shapes=dynamic, strict=False)
 
 
 def _tiled(inputs: tuple[torch.Tensor, ...], batch: BatchAxis) -> tuple[torch.Tensor, ...]:
@@ -160,17 +179,15 @@ def _tiled(inputs: tuple[torch.Tensor, ...], batch: BatchAxis) -> tuple[torch.Te
 
 def _fixed_batch(program: torch.export.ExportedProgram, batch: BatchAxis) -> str | None:
     """Why the exported batch axis is not free, or None if it is."""
-    names = set(program.graph_signature.user_inputs)
-    placeholders = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    values = input_values(program)
     for index in batch.inputs:
-        value = placeholders[index].meta["val"]
-        size: Any = value.shape[0]
+        size: Any = values[index].shape[0]
         if not isinstance(size, torch.SymInt):
             return f"the model was traced for a batch of {size} only: a value in it depends on the batch size"
         if not size.node.expr.is_Symbol:
             return f"the batch size must be of the form {size.node.expr}"
         bounds = program.range_constraints.get(size.node.expr)
-        if bounds is not None and (bounds.lower > 2 or bounds.upper < _LARGEST_BATCH):
+        if bounds is not None and (bounds.lower > 2 or bounds.upper < LARGEST):
             span = f"{bounds.lower} to {bounds.upper}"
             return f"the code of the model branches on the batch size: what was traced holds for {span}"
     return None

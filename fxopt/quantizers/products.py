@@ -140,8 +140,6 @@ def _write_out(program: Program, node: fx.Node) -> _Written:
     arguments = program.call(node).arguments
     query, key, value = operands(program, node).values()
     scale = arguments.get("scale") or 1 / math.sqrt(_spec(program, query).shape[-1])
-    lengths = _spec(program, query).shape[-2], _spec(program, key).shape[-2]
-    device = program.example_inputs[0].device
 
     def insert(function: Any, *args: Any) -> fx.Node:
         return edit.insert_before(program, node, function, args)
@@ -150,9 +148,7 @@ def _write_out(program: Program, node: fx.Node) -> _Written:
     product = scores = insert(torch.matmul, left, right)
     mask = arguments.get("attn_mask")
     if arguments.get("is_causal"):
-        later = torch.ones(lengths, dtype=torch.bool, device=device).triu(1)
-        held = edit.insert_tensor(program, node, later, name=f"{node.name}_later")
-        scores = insert(torch.masked_fill, scores, held, -torch.inf)
+        scores = insert(torch.masked_fill, scores, _later(program, node, scores), -torch.inf)
     elif isinstance(mask, fx.Node) and _spec(program, mask).dtype is torch.bool:
         scores = insert(torch.masked_fill, scores, insert(torch.logical_not, mask), -torch.inf)
     elif mask is not None:
@@ -160,6 +156,17 @@ def _write_out(program: Program, node: fx.Node) -> _Written:
     shares = insert(torch.softmax, scores, -1)
     edit.set_call(program, node, torch.matmul, (shares, value))
     return _Written(left, right, product, shares, value, scale)
+
+
+def _later(program: Program, node: fx.Node, scores: fx.Node) -> fx.Node:
+    """Which keys come after which query: a constant, or computed where lengths are free."""
+    if program.free_axes:
+        everywhere = edit.insert_before(program, node, torch.ones_like, (scores,), {"dtype": torch.bool})
+        return edit.insert_before(program, node, torch.triu, (everywhere, 1))
+    query, key, _ = operands(program, node).values()
+    lengths = _spec(program, query).shape[-2], _spec(program, key).shape[-2]
+    later = torch.ones(lengths, dtype=torch.bool, device=program.example_inputs[0].device).triu(1)
+    return edit.insert_tensor(program, node, later, name=f"{node.name}_later")
 
 
 def _shares(_: Program) -> Mapping[str, Spread]:

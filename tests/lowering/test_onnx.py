@@ -4,6 +4,7 @@ import gc
 import re
 import threading
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import onnx
@@ -21,6 +22,7 @@ from fxopt.errors import BackendError, BackendUnavailable, InputError
 from fxopt.lowering import OnnxBackend
 from fxopt.lowering.onnx_model import MODEL_FILE
 from fxopt.lowering.onnx_optimize import SAFE_PASSES
+from fxopt.lowering.onnx_session import choose_providers
 from fxopt.program import BatchAxis, Program
 from fxopt.registry import make_backend
 
@@ -298,6 +300,66 @@ def test_options() -> None:
     program = fxopt.capture(Tiny().eval(), torch.randn(2, 8))
     with pytest.raises(BackendUnavailable, match=r"has no QuantumExecutionProvider; it has .*CPUExecutionProvider"):
         OnnxBackend(providers=("QuantumExecutionProvider",)).lower(program, dynamic_batch=True)
+
+
+def test_providers_have_options() -> None:
+    backend = OnnxBackend(providers=(("CPUExecutionProvider", {"b": 1, "a": "x"}), "AzureExecutionProvider"))
+    assert str(backend) == (
+        "onnx(providers=(('CPUExecutionProvider', (('a', 'x'), ('b', 1))), 'AzureExecutionProvider'))"
+    )
+    assert make_backend(str(backend)) == backend
+    assert make_backend("onnx(providers=[('CPUExecutionProvider', {'a': 'x', 'b': 1}), 'AzureExecutionProvider'])") == (
+        backend
+    )
+    assert hash(backend) == hash(make_backend(str(backend)))
+    cpu = torch.device("cpu")
+    assert choose_providers((("CPUExecutionProvider", (("a", 1),)),), cpu) == [("CPUExecutionProvider", {"a": 1})]
+    assert choose_providers(None, cpu) == ["CPUExecutionProvider"]
+    for wrong, message in [
+        ("CPUExecutionProvider", "write ('CPUExecutionProvider',) for this one alone"),
+        (3, "providers must be a tuple of names, or None, not 3"),
+        (("a", 3), "a provider is a name, or a pair of a name and its options, not 3"),
+        ((("a", 3),), "the options of a must be plain values by name, not 3"),
+        ((("a", {"b": [1]}),), "the options of a must be plain values by name"),
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            OnnxBackend(providers=cast("Any", wrong))
+
+
+def test_the_opset_is_what_was_asked_for() -> None:
+    program = fxopt.capture(Tiny().eval(), torch.randn(2, 8))
+    for opset in (18, 20, 24):
+        engine = OnnxBackend(num_threads=1, opset=opset).lower(program, dynamic_batch=True)
+        assert engine.info()["opset"] == {"ai.onnx": opset}
+    with pytest.raises(ValueError, match="opset must be an integer of at least 18, or None, not 17"):
+        OnnxBackend(opset=17)
+    with pytest.raises(BackendError, match="opset 99 is newer than the installed onnx, which knows"):
+        OnnxBackend(opset=99).lower(program, dynamic_batch=True)
+
+
+def test_an_opset_that_cannot_say_the_program_is_refused() -> None:
+    with pytest.raises(
+        BackendError, match=r"opset 20 has no scales for blocks of a weight, .*: ask for 21, or for none"
+    ):
+        fxopt.compile(
+            nn.Linear(64, 64).eval(),
+            torch.randn(2, 64),
+            passes="quantize(mode='weight_only', weight_bits=4)",
+            backend=OnnxBackend(num_threads=1, opset=20),
+        )
+
+
+def test_the_layers_are_those_that_run() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16 * 36, 4))
+    _, engine = lowered(model, torch.randn(2, 3, 8, 8))
+    layers = engine.layers()
+    assert all(set(layer) == {"name", "type", "precision"} for layer in layers)
+    # the activation is part of the convolution
+    assert not any("Relu" in layer["type"] for layer in layers)
+    assert sum(layer["type"].endswith("Conv") for layer in layers) == 1
+    assert layers[-1]["type"].endswith("Gemm")
+    assert layers[-1]["precision"] == "float32"
+    assert "layers" not in engine.info()  # they cost a session
 
 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 3, 4, 6), (2, 3, 5, 4, 6)])

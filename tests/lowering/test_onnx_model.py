@@ -7,7 +7,7 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from fxopt.errors import ArtifactError
+from fxopt.errors import ArtifactError, BackendError
 from fxopt.lowering.onnx_model import DATA_FILE, MODEL_FILE, OnnxModel
 from fxopt.lowering.onnx_session import open_session
 
@@ -77,6 +77,15 @@ def test_saved_and_loaded(tmp_path: Path, limit: int, files: list[str]) -> None:
     assert loaded.weights.keys() == whole.weights.keys()
     assert all(torch.equal(loaded.weights[name], whole.weights[name]) for name in whole.weights)
     assert torch.equal(run(loaded), run(whole))
+
+
+def test_more_weights_of_4_bits_than_a_message_holds_are_refused() -> None:
+    whole = model()
+    held = helper.make_tensor("second", TensorProto.INT4, [3000], bytes(1500), raw=True)
+    packed = OnnxModel.of(whole.graph, {"first": whole.weights["first"]}, [held])
+    assert len(packed.as_external(largest_message=4000).graph.initializer) == 2
+    with pytest.raises(BackendError, match=r"graph and weights of 4 bits have 1,\d{3} bytes, .* takes 1,500 of these"):
+        packed.as_external(largest_message=1500)
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:

@@ -293,6 +293,11 @@ def test_batch_sizes() -> None:
     assert fixed.inputs[0].shape == (3, 4)
 
 
+def test_free_axes_have_no_range() -> None:
+    with pytest.raises(BackendError, match="a range of sizes, and none is known for height"):
+        fxopt.compile(nn.Conv2d(3, 4, 3).eval(), images(), backend=BACKEND, dynamic_axes={"input": {2: "height"}})
+
+
 def test_options() -> None:
     assert str(BACKEND) == "tensorrt_rtx"
     rtx = TensorrtRtxBackend(max_batch=4, workspace_bytes=2**20, tf32=True, compute_capabilities=("8.6", "12.0"))
