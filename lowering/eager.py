@@ -24,6 +24,7 @@ from fxopt.errors import ArtifactError, BackendError
 from fxopt.lowering.eager_archive import load_archive, runnable, save_archive
 from fxopt.lowering.torch_export import example_inputs, export, quiet
 from fxopt.masking import without_masks
+from fxopt.recurrent_shapes import whole_recurrences
 
 if TYPE_CHECKING:
     from fxopt.artifact import Manifest
@@ -138,7 +139,9 @@ class _ProgramEngine(_TorchEngine):
             save_archive(exported, directory / _FILE)
 
     def _export(self) -> ExportedProgram:
-        exported, reason = export(self._graph_module, self._examples, self._free)
+        # Inductor is wrong about recurrent layers that are kept whole, but this is for torch itself
+        with whole_recurrences():
+            exported, reason = export(self._graph_module, self._examples, self._free)
         if reason:
             self._fixed_reason = f"saved with a fixed batch of {self._examples[0].shape[0]}: {reason}"
             warnings.warn(self._fixed_reason, FixedBatchWarning, stacklevel=4)

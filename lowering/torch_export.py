@@ -16,7 +16,6 @@ from fxopt.backend import TensorSpec
 from fxopt.errors import BackendError, first_line
 from fxopt.free_axes import BATCH, resized
 from fxopt.program import Program
-from fxopt.recurrent_shapes import whole_recurrences
 
 __all__ = ["example_inputs", "export", "quiet"]
 
@@ -88,10 +87,10 @@ def _export(
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """What torch warns and logs is about its own insides; warnings go to our debug log. Recurrent layers stay whole."""
+    """What torch warns and logs is about its own insides; warnings go to our debug log."""
     loggers = [logging.getLogger(name) for name in _LOGGERS]
     levels = [logger.level for logger in loggers]
-    with whole_recurrences(), warnings.catch_warnings(record=True) as caught:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for logger in loggers:
             logger.setLevel(logging.ERROR)

@@ -324,6 +324,7 @@ def test_interleaved_timing_pairs_the_rounds() -> None:
 
 def test_every_benchmark_file_is_found() -> None:
     assert list(discover()) == [
+        "backends",
         "cluster_weights",
         "coverage",
         "factorize_low_rank",

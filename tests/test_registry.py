@@ -246,7 +246,7 @@ def test_what_is_no_backend_is_refused() -> None:
         ("onnx(num_threads=True)", "num_threads must be an integer of at least 1, or None, not True"),
         ("onnx(num_threads='2')", "num_threads must be an integer of at least 1, or None, not '2'"),
         ("onnx(providers='CPU')", r"providers must be a tuple of names: write \('CPU',\) for this one alone"),
-        ("onnx(providers=['CPU', 1])", r"providers must be a tuple of names, or None, not \('CPU', 1\)"),
+        ("onnx(providers=['CPU', 1])", "a provider is a name, or a pair of a name and its options, not 1"),
         ("onnx(providers=3)", "providers must be a tuple of names, or None, not 3"),
     ],
 )

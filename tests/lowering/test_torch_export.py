@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fxopt.backend import TensorSpec
 from fxopt.errors import BackendError
+from fxopt.free_axes import BATCH
 from fxopt.lowering.torch_export import export
 
 X = torch.randn(2, 3)
-FREE = (TensorSpec("x", torch.float32, (None, 3)),)
+FREE = {(0, 0): BATCH}
 
 
 def test_a_free_batch() -> None:
