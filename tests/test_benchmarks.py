@@ -22,7 +22,6 @@ from benchmarks.coverage.table import coverage_table, summary
 from benchmarks.errors import BenchmarkError
 from benchmarks.networks import TRICKY, load_network
 from benchmarks.numerics import Float64, OutputMismatchError, randomise, relative_error
-from benchmarks.prune_channels.peer import time_limit
 from benchmarks.prune_channels.row import has_fallen, outcome, peer_outcome
 from benchmarks.prune_channels.row import problems as pruning_problems
 from benchmarks.prune_channels.table import prune_table
@@ -31,6 +30,7 @@ from benchmarks.suites import Case, Entry, Suite, load_suite
 from benchmarks.sweep import Part
 from benchmarks.sweep.pool import Job, run_jobs
 from benchmarks.timing import Spread, interleave
+from tests.conftest import ROOT, NewProcess
 
 THIS = f"{__name__}:FakeSuite"
 
@@ -244,9 +244,18 @@ def test_the_peers_failures_are_counted_by_their_class() -> None:
     assert "Torch-Pruning: 1 of 4 pruned, 1 IndexError, 1 with a batch that does not run, 1 removed nothing" in text
 
 
-def test_the_peer_is_stopped_at_itstime_limit() -> None:
-    with pytest.raises(TimeoutError, match=r"more than 0.05 s"), time_limit(0.05):
+def test_the_peer_is_stopped_at_its_time_limit(new_process: NewProcess) -> None:
+    # the alarm may reach a thread of a library that others loaded here, and end the process
+    source = """
+import time
+from benchmarks.prune_channels.peer import time_limit
+try:
+    with time_limit(0.05):
         time.sleep(5)
+except TimeoutError as error:
+    print(error)
+"""
+    assert new_process.code(source, path=[ROOT]) == "more than 0.05 s\n"
 
 
 def test_the_table_escapes_and_counts() -> None:
