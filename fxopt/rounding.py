@@ -39,9 +39,7 @@ _FEW = 64  # values of one sign: with more of them, GPTQ leaves nothing that a d
 _SWEEPS = 8  # of the descent
 _STILL = 1e-3  # share of integers that move in a sweep, at which it ends
 _AT_ONCE = 2**16  # weights whose scales are looked for together: they stay in the cache
-_BLOCK = (
-    32  # places that are rounded before what they lost is passed on to those behind the block: they stay in the cache
-)
+_BLOCK = 32  # places rounded before what they lost is passed on to those behind: they stay in the cache
 
 
 class Rounded(NamedTuple):

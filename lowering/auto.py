@@ -111,7 +111,7 @@ class AutoBackend(Backend):
         if not isinstance(kept, str):
             raise ArtifactError(f"{directory} does not say which backend made its engine: save it again")
         backend = make_backend(kept)
-        reason = backend.unavailable()
+        reason = backend.cannot_load()
         if reason is not None:
             raise BackendUnavailable(f"{directory} needs the backend {backend.name}: {reason}")
         return _KeptEngine(backend.load(directory, manifest), kept, table)
@@ -157,6 +157,9 @@ class _KeptEngine(Engine):
 
     def save(self, directory: Path) -> None:
         self._engine.save(directory)
+
+    def layers(self) -> list[dict[str, str]]:
+        return self._engine.layers()
 
     def info(self) -> Mapping[str, Any]:
         found = dict(self._engine.info())

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from fxopt.backend import Backend, Engine, FixedBatchWarning, TensorSpec, check_inputs
 from fxopt.errors import ArtifactError, BackendError
+from fxopt.frontends.exported_sizes import input_values
 from fxopt.lowering.eager_archive import load_archive, runnable, save_archive
 from fxopt.lowering.torch_export import example_inputs, export, quiet
 from fxopt.masking import without_masks
@@ -59,7 +60,7 @@ class EagerBackend(Backend):
         path = directory / _FILE
         with quiet():
             exported = load_archive(path)
-        values = _input_values(exported)
+        values = input_values(exported)
         if len(values) != len(manifest.inputs):
             raise ArtifactError(f"{path} takes {len(values)} inputs, not {len(manifest.inputs)}: save the engine again")
         # the archive may have a fixed batch where the engine had none
@@ -173,12 +174,6 @@ class _ArchiveEngine(_TorchEngine):
 
     def _notes(self) -> list[str]:
         return list(self._saved_notes)
-
-
-def _input_values(exported: ExportedProgram) -> list[Any]:
-    """A tensor without data per input; a size that is free is a symbol, whatever torch's annotations say."""
-    wanted = set(exported.graph_signature.user_inputs)
-    return [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in wanted]
 
 
 def _held_tensors(module: nn.Module) -> Iterator[torch.Tensor]:

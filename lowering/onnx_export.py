@@ -10,8 +10,7 @@ from __future__ import annotations
 import logging
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -22,6 +21,7 @@ from fxopt.free_axes import BATCH, resized
 from fxopt.lowering.onnx_integers import PACKED_OPSET, four_bit_tensors, in_four_bits, spell_integers
 from fxopt.lowering.onnx_legalize import legalize
 from fxopt.lowering.onnx_model import OnnxModel
+from fxopt.lowering.torch_export import quiet
 from fxopt.masking import without_masks
 from fxopt.ops import HELD
 
@@ -156,7 +156,7 @@ def _export(program: Program, free: Mapping[tuple[int, int], str], held: _Held) 
     shapes = tuple(item or None for item in axes)
 
     def exported(*, optimize: bool) -> onnx_ir.Model:
-        with torch.no_grad(), _quiet_exporter():
+        with torch.no_grad(), quiet(_EXPORTER_LOGGERS):
             found = torch.onnx.export(
                 program.flat_module(),
                 tuple(tensor.detach() for tensor in inputs),
@@ -218,24 +218,6 @@ def _fixed(model: onnx_ir.Model, free: Iterable[tuple[int, int]]) -> list[tuple[
     """The places, of those that were to be free, that have a size."""
     shapes = [value.shape for value in model.graph.inputs]
     return [(index, axis) for index, axis in free if (shape := shapes[index]) is None or isinstance(shape[axis], int)]
-
-
-@contextmanager
-def _quiet_exporter() -> Iterator[None]:
-    """What the exporter warns and logs is about its own insides; it goes to our debug log."""
-    loggers = [logging.getLogger(name) for name in _EXPORTER_LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
-    for warning in caught:
-        _log.debug("exporter: %s", warning.message)
 
 
 def _summary(error: BaseException) -> str:

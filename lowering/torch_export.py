@@ -15,6 +15,7 @@ from torch.export import Dim, ExportedProgram
 from fxopt.backend import TensorSpec
 from fxopt.errors import BackendError, first_line
 from fxopt.free_axes import BATCH, resized
+from fxopt.frontends.exported_sizes import input_values
 from fxopt.program import Program
 
 __all__ = ["example_inputs", "export", "quiet"]
@@ -77,8 +78,7 @@ def _export(
     # torch.export marks the tensors that it is given as dynamic, and leaves the marks if it fails
     given = tuple(tensor.detach() for tensor in examples)
     exported = torch.export.export(module, given, dynamic_shapes=dynamic)
-    names = set(exported.graph_signature.user_inputs)
-    values = [node.meta["val"] for node in exported.graph.nodes if node.op == "placeholder" and node.name in names]
+    values = input_values(exported)
     fixed = next((name for (index, axis), name in free.items() if isinstance(values[index].shape[axis], int)), None)
     if fixed is not None:
         raise BackendError(f"torch.export fixed {fixed}: a value in the program depends on it")
@@ -86,9 +86,13 @@ def _export(
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """What torch warns and logs is about its own insides; warnings go to our debug log."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
+def quiet(names: Sequence[str] = _LOGGERS) -> Iterator[None]:
+    """What torch and its tools warn and log is about their own insides; warnings go to our debug log.
+
+    Args:
+        names: of the loggers that are kept silent below errors.
+    """
+    loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

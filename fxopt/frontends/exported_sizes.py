@@ -32,7 +32,7 @@ class Limits(NamedTuple):
 
 
 def input_values(program: torch.export.ExportedProgram) -> list[Any]:
-    """The fake tensors of the inputs."""
+    """A tensor without data per input; a size that is free is a symbol, whatever torch's annotations say."""
     names = set(program.graph_signature.user_inputs)
     return [node.meta["val"] for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
 

@@ -29,7 +29,7 @@ from fxopt.quantization import Affine, dequantize, quantize
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["ATTENTION", "Products", "attention_spreads", "find_products", "operands", "quantize_attention"]
+__all__ = ["ATTENTION", "Products", "find_products", "operands", "quantize_attention", "share_spreads"]
 
 ATTENTION = "scaled_dot_product_attention"
 _MATRIX = frozenset({"matmul", "bmm"})
@@ -73,8 +73,8 @@ def operands(program: Program, node: fx.Node) -> dict[str, fx.Node]:
     return {name: cast("fx.Node", arguments[name]) for name in names}
 
 
-def attention_spreads(program: Program, nodes: Sequence[fx.Node]) -> dict[str, dict[str, Spread]]:
-    """What attention multiplies over the calibration data: by node, "query", "key", "value" and "shares".
+def share_spreads(program: Program, nodes: Sequence[fx.Node]) -> Mapping[str, Spread]:
+    """What the shares of attention are over the calibration data, by the name of the node: at least those of these.
 
     Args:
         program: with calibration data.
@@ -91,12 +91,7 @@ def attention_spreads(program: Program, nodes: Sequence[fx.Node]) -> dict[str, d
         spreads = value_spreads(written, list(shares.values()))
         known = {**known, **{name: spreads[given] for name, given in shares.items()}}
         keep(program, _shares, cast("Mapping[str, Spread]", known))
-    sources = {node.name: operands(program, node) for node in nodes}
-    spreads = value_spreads(program, [source.name for each in sources.values() for source in each.values()])
-    return {
-        node: {**{name: spreads[source.name] for name, source in each.items()}, "shares": known[node]}
-        for node, each in sources.items()
-    }
+    return known
 
 
 def quantize_attention(program: Program, node: fx.Node, affines: Mapping[str, Affine]) -> None:

@@ -30,7 +30,7 @@ from fxopt.passes_base import Rewrite, Skip, listed
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
 from fxopt.quantizers.base import Quantizer
 from fxopt.quantizers.layers import find_layers
-from fxopt.quantizers.products import ATTENTION, Products, attention_spreads, find_products, quantize_attention
+from fxopt.quantizers.products import ATTENTION, Products, find_products, operands, quantize_attention, share_spreads
 from fxopt.quantizers.sensitivity import Units
 from fxopt.quantizers.weights import WeightRounding
 from fxopt.rounding import Rounding
@@ -100,7 +100,9 @@ class StaticQuantizer(Quantizer):
         attention = [node for node in others if program.op(node) == ATTENTION]
         reading = [name for names in units for name in names if program.node(name) not in attention]
         regions = integer_regions(program, reading)
-        spreads = value_spreads(program, [name for name in regions.readers if name not in regions.same])
+        wanted = [name for name in regions.readers if name not in regions.same]
+        wanted += [source.name for node in attention for source in operands(program, node).values()]
+        spreads, shares = value_spreads(program, wanted), share_spreads(program, attention)
         affines: dict[str, Affine] = {}
         for name, readers in regions.readers.items():
             same = regions.same.get(name)
@@ -112,13 +114,15 @@ class StaticQuantizer(Quantizer):
                 f"{affines[name].type.name} from {low:.4g} to {high:.4g}, for {listed(readers)}",
                 {"affine": affines[name].to_json(), "readers": list(readers), "same": same},
             )
-        for name, seen in attention_spreads(program, attention).items():
+        for node in attention:
+            seen = {name: spreads[source.name] for name, source in operands(program, node).items()}
+            seen["shares"] = shares[node.name]
             found = {
                 operand: affine_of(spread, program.scheme.activations, self.observer)
                 for operand, spread in seen.items()
             }
             yield Rewrite(
-                name,
+                node.name,
                 f"{program.scheme.activations.name} in both products",
                 {"attention": {operand: affine.to_json() for operand, affine in found.items()}},
             )

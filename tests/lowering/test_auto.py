@@ -150,6 +150,7 @@ def test_nothing_is_left(x: Tensor) -> None:
 def test_saved_and_loaded(x: Tensor, tmp_path: Path) -> None:
     found = compiled(x, 'auto(candidates=("onnx", "slow"), rounds=2)')
     assert found.engine.info()["kept"] == "onnx"
+    assert [layer["precision"] for layer in found.engine.layers()]
     found.save(tmp_path / "engine")
     loaded = fxopt.load(tmp_path / "engine")
     assert torch.equal(loaded(x)["logits"], found(x)["logits"])
