@@ -13,23 +13,20 @@ from typing import Any
 from torch import nn
 
 from fxopt import artifact
-from fxopt.analysis.identities import is_identity
 from fxopt.backend import Backend, Engine, FixedBatchWarning
-from fxopt.errors import BackendError, BackendUnavailable, InputError
+from fxopt.errors import BackendUnavailable, InputError
 from fxopt.free_axes import DynamicAxes
 from fxopt.frontends.capture import Frontend
 from fxopt.frontends.capture import capture as _capture
 from fxopt.layer_times import LayerTimes
+from fxopt.lowering_checks import check_free_axes, check_parity, refuse_fake_quantization, refuse_training
 from fxopt.manager import OnFailure, OnNoMatch, PassManager, Verify
-from fxopt.ops import DROPOUTS, MODE_DEPENDENT
-from fxopt.parity import disagreement
 from fxopt.passes_base import Pass, Plan
 from fxopt.program import Loss, Program
 from fxopt.registry import make_backend
 from fxopt.report import Report
 from fxopt.signature import CallArguments, Signature
 from fxopt.target import Target
-from fxopt.verify import Reference
 
 __all__ = ["Compiled", "capture", "compile", "explain", "load", "lower", "optimize"]
 
@@ -278,8 +275,8 @@ def lower(
     """
     chosen = _available(backend)
     if not chosen.runs_training:
-        _refuse_training(program, chosen)
-    return Compiled(_lowered(program, chosen, dynamic_batch, verify))
+        refuse_training(program, chosen)
+    return Compiled(_lowered(program, chosen, dynamic_batch, verify, stacklevel=3))
 
 
 def load(path: str | Path) -> Compiled:
@@ -337,27 +334,33 @@ class _Pending:
             dynamic_axes=self.dynamic_axes,
         )
         if not self.backend.runs_training:
-            _refuse_training(program, self.backend)
+            refuse_training(program, self.backend)
         _aim(program, self.backend)
         return _lowered(self.manager.run(program), self.backend, self.dynamic_batch, self.manager.verify)
 
 
-def _lowered(program: Program, backend: Backend, dynamic_batch: bool, verify: Verify) -> _Finished:
-    """The engine of a program, compared with it."""
+def _lowered(
+    program: Program, backend: Backend, dynamic_batch: bool, verify: Verify, *, stacklevel: int = 4
+) -> _Finished:
+    """The engine of a program, compared with it.
+
+    Args:
+        stacklevel: how many frames up the user's call is, for warnings.
+    """
     if dynamic_batch and program.fixed_batch is not None:
         batch_warning = f"the engine takes the batch size of the example inputs only: {program.fixed_batch}"
-        warnings.warn(batch_warning, FixedBatchWarning, stacklevel=4)
+        warnings.warn(batch_warning, FixedBatchWarning, stacklevel=stacklevel)
     if not backend.runs_training:
-        _refuse_fake_quantization(program, backend)
+        refuse_fake_quantization(program, backend)
     _log.info("lowering by %s", backend)
     engine = backend.lower(program, dynamic_batch=dynamic_batch)
-    _check_free_axes(program, engine, backend)
+    check_free_axes(program, engine, backend)
     report = program.report.copy()
     report.notes += [str(note) for note in engine.info().get("notes", ())]
     if verify == "numerics":
         reason = engine.cannot_run()
         if reason is None:
-            _check_parity(program, engine, backend)
+            check_parity(program, engine, backend)
         else:
             report.notes.append(f"the engine was not compared with the program: {reason}")
     return _Finished(engine, backend, program.signature, report, program.target)
@@ -375,56 +378,3 @@ def _aim(program: Program, backend: Backend) -> None:
     """Tells a program what it is for."""
     program.layer_times = LayerTimes(backend, program.target)
     program.scheme = backend.scheme(program.target)
-
-
-def _refuse_training(program: Program, backend: Backend) -> None:
-    """An engine for inference must not be made from layers that would answer otherwise in training mode."""
-    for node in program.nodes:
-        module = program.module_of(node)
-        op = program.op(node)
-        if module is not None and module.training and op in MODE_DEPENDENT:
-            raise BackendError(
-                f"{node.target} is in training mode, and {backend.name} runs inference: "
-                "call model.eval() before compiling"
-            )
-        if module is None and op in DROPOUTS and not is_identity(program, node):
-            raise BackendError(
-                f"{node.name} is a dropout that the model never switches off, and {backend.name} runs inference: "
-                "pass training=self.training to it"
-            )
-
-
-def _refuse_fake_quantization(program: Program, backend: Backend) -> None:
-    """An engine for inference would compute in floating point what is meant to become integers."""
-    for node in program.nodes:
-        if program.op(node) in ("fake_quantize", "fake_quantized_weight"):
-            raise BackendError(
-                f"{node.target} is fake quantization, which trains, and {backend.name} runs inference: "
-                "put freeze_quantization into passes"
-            )
-
-
-def _check_free_axes(program: Program, engine: Engine, backend: Backend) -> None:
-    """What was asked for is not dropped in silence, whatever the backend does."""
-    for axis in program.free_axes:
-        fixed = next((place for place in axis.places if engine.inputs[place[0]].shape[place[1]] is not None), None)
-        if fixed is not None:
-            raise BackendError(
-                f"{backend.name} cannot keep {axis.name} free: its engine takes {engine.inputs[fixed[0]]}. "
-                "Leave the axis out of dynamic_axes, or use another backend"
-            )
-
-
-def _check_parity(program: Program, engine: Engine, backend: Backend) -> None:
-    """Compares the engine with the program: example inputs, other sizes of free axes, another batch if it takes that.
-
-    Raises:
-        BackendError: if they are further apart than rounding explains.
-    """
-    difference = disagreement(program, engine, backend, Reference.of(program))
-    if difference is not None:
-        raise BackendError(
-            f"the {backend.name} engine answers differently from the program: {difference}. "
-            'verify="structure" compiles it all the same, as is right for a model that draws random numbers; '
-            "please report one that does not."
-        )

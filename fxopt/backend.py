@@ -118,6 +118,11 @@ class Engine(ABC):
         """Where it expects its inputs."""
         return torch.device("cpu")
 
+    @property
+    def dynamic_batch(self) -> bool:
+        """Whether it takes any batch size, or any within `batch_limits`."""
+        return any(spec.shape[:1] == (None,) and spec.axis_name(0) == BATCH for spec in self.inputs)
+
     def cannot_run(self) -> str | None:
         """Why it cannot be called on this machine, though it could be made or loaded; None if it can.
 

@@ -202,7 +202,7 @@ def _with_free_batch(trials: list[_Trial]) -> list[_Trial]:
     """Without the engines that have a fixed batch, if others have none."""
 
     def fixed(trial: _Trial) -> bool:
-        return trial.engine is not None and not any(None in spec.shape for spec in trial.engine.inputs)
+        return trial.engine is not None and not trial.engine.dynamic_batch
 
     if all(trial.engine is None or fixed(trial) for trial in trials):
         return trials

@@ -108,7 +108,7 @@ class _TorchEngine(Engine):
             "backend": "eager",
             "version": torch.__version__,
             "device": str(self._device),
-            "dynamic_batch": any(spec.shape and spec.shape[0] is None for spec in self.inputs),
+            "dynamic_batch": self.dynamic_batch,
             "training": self._training,
             "bytes": self._nbytes(),
             "notes": self._notes(),

@@ -78,7 +78,7 @@ class InductorEngine(Engine):
             "backend": "inductor",
             "version": torch.__version__,
             "device": str(self._device),
-            "dynamic_batch": any(spec.shape and spec.shape[0] is None for spec in self.inputs),
+            "dynamic_batch": self.dynamic_batch,
             "bytes": (folder / PACKAGE_FILE).stat().st_size,
             "seconds": dict(self._seconds),
             "layers": kernels(folder),

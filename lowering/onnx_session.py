@@ -110,7 +110,7 @@ class OnnxEngine(Engine):
             "version": onnxruntime.__version__,
             "providers": list(self._session.get_providers()),
             "device": str(self._device),
-            "dynamic_batch": any(spec.shape and spec.shape[0] is None for spec in self.inputs),
+            "dynamic_batch": self.dynamic_batch,
             "threads": self._session.get_session_options().intra_op_num_threads,
             "nodes": len(self._model.graph.graph.node),
             "opset": {item.domain or "ai.onnx": item.version for item in self._model.graph.opset_import},

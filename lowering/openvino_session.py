@@ -104,7 +104,7 @@ class OpenVinoEngine(Engine):
             "backend": "openvino",
             "version": openvino.get_version(),
             "device": str(self.device),
-            "dynamic_batch": any(spec.shape and spec.shape[0] is None for spec in self.inputs),
+            "dynamic_batch": self.dynamic_batch,
             "threads": int(self._compiled.get_property("INFERENCE_NUM_THREADS")),
             "streams": int(self._compiled.get_property("NUM_STREAMS")),
             "bytes": sum(

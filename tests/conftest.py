@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import hypothesis
@@ -28,6 +30,18 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def fresh_log() -> Iterator[None]:
+    """The command line sets up logs and warnings for its whole process; here the next test must not hear of it."""
+    logger, root = logging.getLogger("fxopt"), logging.getLogger()
+    level, root_level, handlers, show = logger.level, root.level, root.handlers[:], warnings.showwarning
+    yield
+    logger.setLevel(level)
+    root.setLevel(root_level)
+    root.handlers[:] = handlers
+    warnings.showwarning = show
 
 
 class NewProcess:

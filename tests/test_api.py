@@ -14,6 +14,7 @@ from torch import nn
 
 import fxopt
 from fxopt import BackendError, BackendUnavailable, InputError, NoMatchWarning, PipelineError, RegistryError
+from fxopt.backend import FixedBatchWarning
 from fxopt.lowering import EagerBackend
 from fxopt.passes import FoldBatchNorm
 from fxopt.testing import assert_untouched, model_state
@@ -153,6 +154,19 @@ def test_one_program_is_lowered_to_several_engines(model: nn.Module, tmp_path: P
     trains = fxopt.capture(model.train(), IMAGE)
     with pytest.raises(BackendError, match=r"body\.1 is in training mode"):
         fxopt.lower(trains)
+
+
+class OfTwo(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(2, 3, 64).sum(-1)
+
+
+def test_a_fixed_batch_is_told_where_it_was_asked_for() -> None:
+    told = "takes the batch size of the example inputs only: .*fails on 3"
+    with pytest.warns(FixedBatchWarning, match=told) as caught:
+        fxopt.compile(OfTwo(), IMAGE, backend="eager")
+        fxopt.lower(fxopt.capture(OfTwo(), IMAGE), backend="eager")
+    assert [warning.filename for warning in caught] == [__file__, __file__]
 
 
 def test_capture_does_nothing_to_the_model(model: nn.Module) -> None:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -58,15 +56,11 @@ Command = Callable[..., Result]
 
 @pytest.fixture
 def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
-    """Runs `fxopt ARGUMENTS` in a folder with `zoo.py`; what the command sets for its process is put back."""
+    """Runs `fxopt ARGUMENTS` in a folder with `zoo.py`."""
     (tmp_path / "zoo.py").write_text(MODELS, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     monkeypatch.delitem(sys.modules, "zoo", raising=False)
-    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
-    root = logging.getLogger()
-    monkeypatch.setattr(root, "handlers", list(root.handlers))
-    monkeypatch.setattr(logging.getLogger("fxopt"), "level", logging.NOTSET)
 
     def run(*arguments: str) -> Result:
         with pytest.raises(SystemExit) as ended:

@@ -87,7 +87,7 @@ class _ScriptEngine(Engine):
             "backend": "torchscript",
             "version": torch.__version__,
             "device": str(self._device),
-            "dynamic_batch": any(None in spec.shape for spec in self.inputs),
+            "dynamic_batch": self.dynamic_batch,
             "bytes": sum(tensor.nbytes for tensor in self._module.state_dict().values()),
             "notes": [],
         }
