@@ -342,11 +342,7 @@ class _Pending:
 def _lowered(
     program: Program, backend: Backend, dynamic_batch: bool, verify: Verify, *, stacklevel: int = 4
 ) -> _Finished:
-    """The engine of a program, compared with it.
-
-    Args:
-        stacklevel: how many frames up the user's call is, for warnings.
-    """
+    """The engine of a program, compared with it. The user's call is `stacklevel` frames up, for warnings."""
     if dynamic_batch and program.fixed_batch is not None:
         batch_warning = f"the engine takes the batch size of the example inputs only: {program.fixed_batch}"
         warnings.warn(batch_warning, FixedBatchWarning, stacklevel=stacklevel)

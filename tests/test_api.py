@@ -163,10 +163,12 @@ class OfTwo(nn.Module):
 
 def test_a_fixed_batch_is_told_where_it_was_asked_for() -> None:
     told = "takes the batch size of the example inputs only: .*fails on 3"
-    with pytest.warns(FixedBatchWarning, match=told) as caught:
+    with pytest.warns(FixedBatchWarning, match=told) as compiling:
         fxopt.compile(OfTwo(), IMAGE, backend="eager")
-        fxopt.lower(fxopt.capture(OfTwo(), IMAGE), backend="eager")
-    assert [warning.filename for warning in caught] == [__file__, __file__]
+    program = fxopt.capture(OfTwo(), IMAGE)
+    with pytest.warns(FixedBatchWarning, match=told) as lowering:
+        fxopt.lower(program, backend="eager")
+    assert [warning.filename for warning in (*compiling, *lowering)] == [__file__, __file__]
 
 
 def test_capture_does_nothing_to_the_model(model: nn.Module) -> None:

@@ -38,16 +38,18 @@ class Precision(NamedTuple):
 
     Attributes:
         tolerance: largest difference of an output over the largest output.
+        half: whether it has 16 bits, which not every runtime computes with.
     """
 
     passes: tuple[str, ...]
     tolerance: float
+    half: bool = False
 
 
 PRECISIONS: Mapping[str, Precision] = {
     "fp32": Precision(("default",), 1e-3),
-    "fp16": Precision(("default", "cast_precision(dtype='float16')"), 2e-2),
-    "bf16": Precision(("default", "cast_precision(dtype='bfloat16')"), 6e-2),
+    "fp16": Precision(("default", "cast_precision(dtype='float16')"), 2e-2, half=True),
+    "bf16": Precision(("default", "cast_precision(dtype='bfloat16')"), 6e-2, half=True),
     # a number between two integers may go to either, which the layers behind amplify
     "int8": Precision(("default", "quantize"), 2e-1),
 }
@@ -79,6 +81,11 @@ def verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
         own = [row for row in rows if row["backend"] == backend]
         ran = [row for row in own if row["relative"] is not None]
         built = [row for row in own if row["bytes"] is not None and row["relative"] is None]
+        refused = [_name(row) for row in own if row["bytes"] is None and not row["unavailable"]]
+        if refused:
+            # what a runtime has no kernels for in half precision is no fault; the table has the reasons
+            half = all(PRECISIONS[row["precision"]].half for row in own if _name(row) in refused)
+            found.append((f"{backend}: refused in 16 bits alone: {', '.join(refused)}", half))
         if built:
             lost = [_name(row) for row in built if row["reloaded"] != 0.0]
             text = f"{backend}: {len(built)} engines built, and loaded in a new process, where none can run"
@@ -123,7 +130,8 @@ def _row(network: str, precision: str, backend: Backend) -> Row:
         "reloaded": None,
         "bytes": None,
         "layers": None,
-        "reason": backend.unavailable(),
+        "unavailable": (missing := backend.unavailable()),
+        "reason": missing,
     }
 
 

@@ -33,13 +33,13 @@ PIPELINES: dict[str, tuple[str, ...]] = {
         *_START,
         "substitute_inverted_residual(max_error=0.5)",
         "substitute_depthwise_separable(max_error=0.2)",
-        "factorize_low_rank(max_error=0.05)",
+        "factorize_low_rank(ratio=0.8)",
         "fold_batch_norm",
         "quantize",
     ),
     "trained integers": (*_START, "fold_batch_norm", "quantize(mode='qat')", "freeze_quantization"),
     "fewer weights": (*_START, "fold_batch_norm", "prune_weights(sparsity=0.5)", "cluster_weights(bits=4)"),
-    "half precision": (*_START, "factorize_low_rank(max_error=0.05)", "fold_batch_norm", "cast_precision"),
+    "half precision": (*_START, "factorize_low_rank(ratio=0.8)", "fold_batch_norm", "cast_precision"),
 }
 
 Row = dict[str, Any]
