@@ -94,9 +94,10 @@ def _unpacked(packed: Tensor, count: int, bits: int) -> Tensor:
     for width, size, place in _fields(count, bits):
         field = packed[start : start + size]
         if width < 8:
-            # by division: the ONNX exporter takes bytes for signed when it shifts them
-            divisors = (2 ** torch.arange(0, 8, width, device=packed.device)).to(torch.uint8)
-            field = (field // divisors[:, None] % 2**width).reshape(-1)[:count]
+            # by division: the ONNX exporter takes bytes for signed when it shifts them; and without a remainder, as
+            # OpenVINO rounds the quotients of bytes to the nearest
+            divisors = (2 ** torch.arange(0, 8, width, device=packed.device)).to(torch.uint8)[:, None]
+            field = ((field - field % divisors) // divisors % 2**width).reshape(-1)[:count]
         shifted = field.long() * 2**place if place else field.long()
         codes = shifted if codes is None else codes + shifted
         start += size

@@ -63,13 +63,15 @@ class Quantize(Pass):
         weight_bits: of a weight, 8 or 4.
         group_size: how many inputs of an output of a linear layer share a scale, a power of two from 16; None: all;
             "auto" is 32 for weights of 4 bits, and None for others.
-        observer: how ranges of activations are chosen: "minmax", "percentile", "mse" or "entropy"; "auto" is "mse".
+        observer: how ranges of activations are chosen: "minmax", "percentile", "mse" or "entropy"; "auto" is
+            "mse" or "percentile", as the outputs lose less on the calibration data.
         round: how weights are rounded: "nearest"; "adaround", up or down as is best for what the layer gives; or
             "gptq", which lets weights make up for each other by more than a step. The last two take calibration data;
             "auto" is "gptq" where there are some.
         per_channel: whether each output of a layer has a scale of its own.
         equalize: "auto" scales channels between layers where less is lost then, by calibration data; "off" does not.
-        bias_correction: whether the bias takes up what rounding a weight loses on average.
+        bias_correction: whether the bias takes up what rounding a weight loses on average; with mode="static" that of
+            the last layers takes up what quantizing the whole program does.
         min_sqnr_db: signal to quantization noise ratio of the outputs on calibration data, in decibel, that is
             reached by leaving as few layers as it takes in floating point, the worst first; None: all are quantized.
         ignore: patterns of layer paths, "head.*", that go on computing in floating point.
@@ -150,7 +152,7 @@ class Quantize(Pass):
             )
         kind = AwareQuantizer if self.mode == "qat" else StaticQuantizer
         return kind(
-            observer="mse" if self.observer == "auto" else self.observer,
+            observers=self._observers(),
             round=rounding,
             weight_bits=self.weight_bits,
             per_channel=self.per_channel,
@@ -159,6 +161,12 @@ class Quantize(Pass):
             bias_correction=self.bias_correction,
             min_sqnr_db=self.min_sqnr_db,
         )
+
+    def _observers(self) -> tuple[Observer, ...]:
+        if self.observer != "auto":
+            return (self.observer,)
+        # ranges that are trained may begin anywhere near
+        return ("mse",) if self.mode == "qat" else ("mse", "percentile")
 
     def _rounding(self, program: Program) -> Rounding:
         """How weights are rounded where data are not a must."""

@@ -31,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS), help="what to run")
     parser.add_argument("--networks", nargs="+", default=list(SUBJECTS), choices=SUBJECTS, metavar="NAME")
     parser.add_argument("--methods", nargs="+", default=list(methods(inductor=False)), metavar="NAME")
-    parser.add_argument(
-        "--crops", type=int, default=64, help="crops to calibrate on; half as many more to test on; of Fashion-MNIST x8"
-    )
+    parser.add_argument("--crops", type=int, default=64, help="crops to calibrate on; of Fashion-MNIST x8")
+    parser.add_argument("--test-crops", type=int, default=96, help="crops to test on")
     parser.add_argument("--images", type=int, default=10_000, help="test images of Fashion-MNIST")
     parser.add_argument("--rounds", type=int, default=30, help="of the timing, in turns")
     parser.add_argument("--inductor", action="store_true", help="compile torchao's networks (minutes) and time them")

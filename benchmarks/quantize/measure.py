@@ -52,8 +52,10 @@ def measure(subject: Subject, makers: Mapping[str, Maker], *, rounds: int) -> di
     return {"network": subject.name, "accuracy": accuracy_of(expected, subject), "classes": classes, "rows": rows}
 
 
-def fidelity(expected: Tensor, found: Tensor) -> dict[str, float | None]:
-    """`sqnr_db` of the logits (None where they are equal) and `agreement`, the share of images with one class.
+def fidelity(expected: Tensor, found: Tensor) -> dict[str, Any]:
+    """How near logits are: `sqnr_db`, None where they are equal, `agreement` and `differs`.
+
+    Agreement is the share of images with one class; `differs` holds the places of the others.
 
     Args:
         expected: float32[images, classes].
@@ -62,8 +64,12 @@ def fidelity(expected: Tensor, found: Tensor) -> dict[str, float | None]:
     difference = compare((expected,), (found,))
     if difference.mismatch:
         raise ValueError(difference.mismatch)
-    agreement = float((expected.argmax(1) == found.argmax(1)).double().mean())
-    return {"sqnr_db": difference.sqnr_db if math.isfinite(difference.sqnr_db) else None, "agreement": agreement}
+    differs = (expected.argmax(1) != found.argmax(1)).nonzero().flatten().tolist()
+    return {
+        "sqnr_db": difference.sqnr_db if math.isfinite(difference.sqnr_db) else None,
+        "agreement": 1 - len(differs) / len(expected),
+        "differs": differs,
+    }
 
 
 def fastest(rows: list[dict[str, Any]], timings: Timings) -> str | None:

@@ -55,7 +55,7 @@ def _fashion(arguments: argparse.Namespace) -> Subject:
 
 def _photographed(name: str, model: nn.Module, arguments: argparse.Namespace, *, transformer: bool = False) -> Subject:
     seen = crops(CALIBRATION_PHOTOGRAPHS, arguments.crops, seed=0)
-    test = crops(TEST_PHOTOGRAPHS, arguments.crops * 3 // 2, seed=1)
+    test = crops(TEST_PHOTOGRAPHS, arguments.test_crops, seed=1)
     return Subject(name, model, seen, test, transformer=transformer)
 
 

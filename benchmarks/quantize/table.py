@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,7 @@ def quantize_table(results: Sequence[Result]) -> Table:
         f"CPU: {instruction_set()}; one thread, batch of 1, in turns: median and quartiles of the rounds' ratios",
         "SQNR and agreement (the share of images with one class): of the logits, against the float network, on images "
         "that were not calibrated on; accuracy on Fashion-MNIST; seconds: of the quantization",
+        "p: how often the agreements of two equally good methods are that far apart (McNemar's exact test)",
         "classes that the float network finds in the test images (with one or two, agreement says little): "
         + ", ".join(f"{result['network']} {result['classes']}" for result in results),
         "resnet14 is trained on Fashion-MNIST, efficientnet_lite0 has its ImageNet weights, the others random ones "
@@ -96,8 +98,16 @@ def _fidelity_bars(network: str, row: Result, peers: Sequence[Result]) -> list[t
         digits = 1 if key == "sqnr_db" else 3
         theirs = f"{number_text(best[key], digits=digits)} of {best['method']}"
         text = f"{network}: {name} {number_text(row[key], digits=digits)}; the best peer's {theirs}"
+        if key == "agreement" and "differs" in row and "differs" in best:
+            text += f"; p {_sign_test(set(row['differs']), set(best['differs'])):.2f}"
         found.append((text, _number(row[key]) >= _number(best[key])))
     return found
+
+
+def _sign_test(ours: set[int], theirs: set[int]) -> float:
+    """How often two methods that are equally good differ by as many images as these do, or more (McNemar, exact)."""
+    fewer, all_ = min(len(ours - theirs), len(theirs - ours)), len(ours ^ theirs)
+    return min(1.0, 2 * sum(math.comb(all_, count) for count in range(fewer + 1)) / 2**all_)
 
 
 def _number(value: float | None) -> float:

@@ -76,6 +76,10 @@ class AwareQuantizer(StaticQuantizer):
         scale = (found.scale if self.per_channel else found.scale[:1]).to(weight.device)
         call_with(program, layers, FakeQuantizedWeight(weight, scale, rounding.bits, mask_of(layer)))
 
+    def _last_layers(self, program: Program) -> set[str]:
+        """None: biases train."""
+        return set()
+
     def _rounding(self, program: Program) -> WeightRounding:
         return WeightRounding(self._bits(program), self.round, self.per_channel, absorbed=self.bias_correction)
 

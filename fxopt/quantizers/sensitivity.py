@@ -20,7 +20,7 @@ from fxopt.randomness import fixed_random_state
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["LayerLoss", "Units", "layer_losses", "leave_out"]
+__all__ = ["LayerLoss", "Units", "layer_losses", "leave_out", "quantized_sqnr"]
 
 Units = Sequence[Sequence[str]]
 """What is quantized or not as a whole: the nodes that call layers which share a weight, by name; or one product."""
@@ -46,6 +46,18 @@ class LayerLoss(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.sqnr_db:.1f} dB"
+
+
+def quantized_sqnr(program: Program, units: Units, quantized: Quantized) -> float:
+    """Signal to quantization noise ratio of the outputs once layers are quantized, in decibel.
+
+    Args:
+        program: in floating point, with calibration data.
+        units: the layers.
+        quantized: how they are quantized.
+    """
+    batches = _samples(program)
+    return _sqnr(_outputs(program, batches), _outputs(quantized(program, units), batches))
 
 
 def layer_losses(program: Program, units: Units, quantized: Quantized) -> list[LayerLoss]:

@@ -12,7 +12,7 @@ held as integers: eager execution simulates what an engine computes with integer
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, fx
 
 from fxopt import edit
 from fxopt.analysis.integer_regions import integer_regions
+from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.originals import keep_original, original_of
 from fxopt.analysis.value_spreads import Observer, affine_of, value_spreads
 from fxopt.equalization import Equalization, equalizations, scale_channels
@@ -30,8 +31,9 @@ from fxopt.passes_base import Rewrite, Skip, listed
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
 from fxopt.quantizers.base import Quantizer
 from fxopt.quantizers.layers import find_layers
+from fxopt.quantizers.output_means import last_layers, mean_loss
 from fxopt.quantizers.products import ATTENTION, Products, find_products, operands, quantize_attention, share_spreads
-from fxopt.quantizers.sensitivity import Units
+from fxopt.quantizers.sensitivity import Units, quantized_sqnr
 from fxopt.quantizers.weights import WeightRounding
 from fxopt.rounding import Rounding
 
@@ -50,17 +52,18 @@ class StaticQuantizer(Quantizer):
     """Plans and applies static quantization.
 
     Attributes:
-        observer: how ranges of activations are chosen.
+        observers: how ranges of activations may be chosen: in the way in which the outputs lose least.
         round: how weights are rounded.
         weight_bits: of a weight.
         per_channel: whether each output of a layer has a scale of its own.
         ignore: patterns of layer paths that are left alone.
         equalize: "auto" scales channels where less is lost then, "off" nowhere.
-        bias_correction: whether the bias takes up what rounding a weight loses on average.
+        bias_correction: whether the bias takes up what rounding a weight loses on average; that of the last layers,
+            what quantizing the program does.
         min_sqnr_db: ratio of signal to noise of the outputs that is reached by leaving the worst layers as they are.
     """
 
-    observer: Observer
+    observers: tuple[Observer, ...]
     round: Rounding
     weight_bits: int
     per_channel: bool
@@ -77,6 +80,19 @@ class StaticQuantizer(Quantizer):
     def products(self, program: Program) -> Products:
         """The products of activations."""
         return find_products(program, self.ignore)
+
+    def plan(self, program: Program) -> Iterator[Rewrite | Skip]:
+        """As all modes; the last layers keep the mean of what they give, which trials do without."""
+        last = self._last_layers(program)
+        kept = []
+        for decision in super().plan(program):
+            if isinstance(decision, Rewrite) and decision.node in last and "layers" in decision.params:
+                text = f"{decision.what}, whose outputs keep their mean"
+                kept.append(Rewrite(decision.node, text, {**decision.params, "keeps_mean": True}))
+            else:
+                yield decision
+        # these see what has become of all others
+        yield from kept
 
     def prepared(self, program: Program, units: Units) -> tuple[Program, list[Rewrite]]:
         """The program with its channels scaled."""
@@ -95,6 +111,7 @@ class StaticQuantizer(Quantizer):
 
     def decisions(self, program: Program, units: Units) -> Iterator[Rewrite]:
         """One per value to quantize, then one per attention, then one per weight."""
+        observer = self._observer(program)
         weights = [names for names in units if program.module_of(program.node(names[0])) is not None]
         others = [program.node(name) for names in units if names not in weights for name in names]
         attention = [node for node in others if program.op(node) == ATTENTION]
@@ -107,7 +124,7 @@ class StaticQuantizer(Quantizer):
         for name, readers in regions.readers.items():
             same = regions.same.get(name)
             scheme = program.scheme.activations
-            affines[name] = affine_of(spreads[name], scheme, self.observer) if same is None else affines[same]
+            affines[name] = affine_of(spreads[name], scheme, observer) if same is None else affines[same]
             low, high = affines[name].range
             yield Rewrite(
                 name,
@@ -118,8 +135,7 @@ class StaticQuantizer(Quantizer):
             seen = {name: spreads[source.name] for name, source in operands(program, node).items()}
             seen["shares"] = shares[node.name]
             found = {
-                operand: affine_of(spread, program.scheme.activations, self.observer)
-                for operand, spread in seen.items()
+                operand: affine_of(spread, program.scheme.activations, observer) for operand, spread in seen.items()
             }
             yield Rewrite(
                 node.name,
@@ -142,6 +158,28 @@ class StaticQuantizer(Quantizer):
             raise InputError("quantize takes ranges from data: pass calibration=, an iterable of batches")
         found = find_layers(program, KERNELS, self.ignore)
         return found.names, found.left
+
+    def _observer(self, program: Program) -> Observer:
+        """The way of choosing ranges with which the outputs lose least on the calibration data."""
+        known = measured(program, _observers)
+        if len(self.observers) > 1 and self not in known:
+            units, _ = self.candidates(program)
+            ratios = {
+                observer: quantized_sqnr(program, units, replace(self, observers=(observer,))._quantized)
+                for observer in self.observers
+            }
+            best = max(self.observers, key=ratios.__getitem__)
+            known = {**known, self: best}
+            keep(program, _observers, cast("Mapping[StaticQuantizer, Observer]", known))
+        return known[self] if len(self.observers) > 1 else self.observers[0]
+
+    def _last_layers(self, program: Program) -> set[str]:
+        """The layers whose bias makes up for what all others lose on average."""
+        if not self.bias_correction:
+            return set()
+        weights = self._weights(program)[0]
+        shared = {name for names in weights if len(names) > 1 for name in names}
+        return last_layers(program, [name for names in weights for name in names]) - shared
 
     def _rounding(self, program: Program) -> WeightRounding:
         return WeightRounding(
@@ -192,6 +230,9 @@ class StaticQuantizer(Quantizer):
         found = self._rounding(original).of(original, params["layers"], self._weights(original)[0])
         bias = None
         if len(layers) == 1:
+            if params.get("keeps_mean"):
+                weight = QuantizedTensor(found.codes, found.scale)()
+                found = replace(found, offset=mean_loss(original, program, first.name, weight))
             whole = found.bias(layer.bias)
             if program.scheme.integer_biases and program.op(first) == "linear" and "input" in params:
                 # a linear layer that gives floating numbers has an integer kernel only with a bias of integers
@@ -199,6 +240,11 @@ class StaticQuantizer(Quantizer):
             if bias is None and (layer.bias is not None or bool(found.offset.any())):
                 edit.set_tensor(program, first, "bias", whole.to(layer.weight.dtype))
         call_with(program, layers, QuantizedTensor(found.codes, found.scale), bias)
+
+
+def _observers(_: Program) -> Mapping[StaticQuantizer, Observer]:
+    """How ranges were chosen so far."""
+    return {}
 
 
 def _decision(found: Equalization) -> Rewrite:
