@@ -70,8 +70,8 @@ class Quantize(Pass):
             "auto" is "gptq" where there are some.
         per_channel: whether each output of a layer has a scale of its own.
         equalize: "auto" scales channels between layers where less is lost then, by calibration data; "off" does not.
-        bias_correction: whether the bias takes up what rounding a weight loses on average; with mode="static" that of
-            the last layers takes up what quantizing the whole program does.
+        bias_correction: whether the bias takes up what rounding a weight loses on average; in modes "static" and
+            "qat" that of the last layers takes up what quantizing the whole program does.
         min_sqnr_db: signal to quantization noise ratio of the outputs on calibration data, in decibel, that is
             reached by leaving as few layers as it takes in floating point, the worst first; None: all are quantized.
         ignore: patterns of layer paths, "head.*", that go on computing in floating point.
@@ -152,7 +152,7 @@ class Quantize(Pass):
             )
         kind = AwareQuantizer if self.mode == "qat" else StaticQuantizer
         return kind(
-            observers=self._observers(),
+            observers=("mse", "percentile") if self.observer == "auto" else (self.observer,),
             round=rounding,
             weight_bits=self.weight_bits,
             per_channel=self.per_channel,
@@ -161,12 +161,6 @@ class Quantize(Pass):
             bias_correction=self.bias_correction,
             min_sqnr_db=self.min_sqnr_db,
         )
-
-    def _observers(self) -> tuple[Observer, ...]:
-        if self.observer != "auto":
-            return (self.observer,)
-        # ranges that are trained may begin anywhere near
-        return ("mse",) if self.mode == "qat" else ("mse", "percentile")
 
     def _rounding(self, program: Program) -> Rounding:
         """How weights are rounded where data are not a must."""

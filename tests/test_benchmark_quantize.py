@@ -92,12 +92,23 @@ def test_the_fastest_scheme_is_one_of_onnx_runtime_that_ran() -> None:
 
 def test_fidelity_of_equal_and_of_other_logits() -> None:
     logits = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
-    assert fidelity(logits, logits.clone()) == {"sqnr_db": None, "agreement": 1.0}
+    assert fidelity(logits, logits.clone()) == {"sqnr_db": None, "agreement": 1.0, "differs": []}
     found = fidelity(logits, torch.tensor([[1.0, 0.0], [0.1, 0.0]]))
     assert found["agreement"] == 0.5
+    assert found["differs"] == [1]
     assert found["sqnr_db"] == pytest.approx(10 * torch.log10(torch.tensor(2 / 1.01)).item())
     with pytest.raises(ValueError, match="shape"):
         fidelity(logits, logits[:, :1])
+
+
+def test_agreements_that_chance_explains() -> None:
+    ours, theirs = row("fxopt", agreement=0.5, differs=[1, 2, 3]), row(MIN_MAX, agreement=0.7, differs=[3])
+    (text,) = (text for text, _ in verdicts([result(ours, theirs)]) if "agreement" in text)
+    assert text.endswith("; p 0.50")  # two images against none
+    ours["differs"] = list(range(10))
+    theirs["differs"] = []
+    (text,) = (text for text, _ in verdicts([result(ours, theirs)]) if "agreement" in text)
+    assert text.endswith("; p 0.00")  # 2 / 1024
 
 
 def test_instruction_set_is_read_from_the_flags(tmp_path: Path) -> None:
@@ -128,7 +139,7 @@ def test_the_schemes_of_onnx_runtime_differ_in_the_file(tmp_path: Path) -> None:
         folder = tmp_path / name.replace(" ", "_")
         folder.mkdir()
         engine = methods(inductor=False)[name](subject, Files(float_onnx, folder))
-        assert fidelity(subject.model(subject.test).detach(), engine.run(subject.test))["sqnr_db"] > 15  # type: ignore[operator]
+        assert fidelity(subject.model(subject.test).detach(), engine.run(subject.test))["sqnr_db"] > 15
         model = onnx.load(folder / "model.onnx")
         zeros = {node.input[2] for node in model.graph.node if node.op_type == "QuantizeLinear"}
         codes = {node.input[0] for node in model.graph.node if node.op_type == "DequantizeLinear"}
@@ -185,7 +196,7 @@ def test_the_table_has_a_cell_for_each_column() -> None:
 
 
 def test_a_network_with_random_weights_stays_torchvisions_and_has_statistics_of_photographs() -> None:
-    subject = SUBJECTS["mobilenet_v2"](argparse.Namespace(crops=2))
+    subject = SUBJECTS["mobilenet_v2"](argparse.Namespace(crops=2, test_crops=3))
     other = load_network("torchvision:mobilenet_v2").model
     assert type(subject.model) is type(other)
     assert not subject.model.training

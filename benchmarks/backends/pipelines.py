@@ -20,8 +20,12 @@ from benchmarks.backends.subjects import SUBJECTS, Subject
 from benchmarks.errors import BenchmarkError
 from benchmarks.fashion_mnist import images, trained
 from benchmarks.results import Table, save, shorten, verdict_data, verdict_lines
+from fxopt import Program
+from fxopt.backend import Backend
 from fxopt.compare import compare
 from fxopt.errors import FxoptError, first_line
+from fxopt.integer_scheme import Scheme
+from fxopt.manager import PassManager
 from fxopt.registry import make_backend, passes
 
 __all__ = ["PIPELINES", "run", "verdicts"]
@@ -31,7 +35,7 @@ _START = ("simplify", "merge_branches", "prune_channels(ratio=0.2)", "reestimate
 PIPELINES: dict[str, tuple[str, ...]] = {
     "integers": (
         *_START,
-        "substitute_inverted_residual(max_error=0.5)",
+        "substitute_inverted_residual(steps=20)",
         "substitute_depthwise_separable(max_error=0.2)",
         "factorize_low_rank(ratio=0.8)",
         "fold_batch_norm",
@@ -81,49 +85,53 @@ def _fashion() -> Subject:
 
 def _rows(subject: Subject, name: str, specs: tuple[str, ...], backends: list[str]) -> list[Row]:
     rows = []
-    programs: dict[Any, Any] = {}
+    # what comes before the integers is the same for all backends
+    split = next((place for place, spec in enumerate(specs) if spec.startswith("quantize")), len(specs))
+    programs: dict[Scheme, Program] = {}
     with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
+        base = fxopt.optimize(
+            subject.model,
+            subject.inputs,
+            list(specs[:split]),
+            calibration=subject.calibration,
+            on_no_match="ignore",
+        )
         for backend in map(make_backend, backends):
             row: Row = {"network": subject.name, "pipeline": name, "backend": backend.name, "answer": None}
-            row["unavailable"] = backend.unavailable()
-            row["reason"] = row["unavailable"]
+            row["unavailable"] = row["reason"] = backend.unavailable()
             rows.append(row)
-            if row["unavailable"]:
-                continue
-            scheme = backend.scheme(fxopt.Target.detect())
-            try:
-                if scheme not in programs:
-                    programs[scheme] = fxopt.optimize(
-                        subject.model,
-                        subject.inputs,
-                        list(specs),
-                        calibration=subject.calibration,
-                        backend=backend,
-                        on_no_match="ignore",
-                    )
-                program = programs[scheme]
-                compiled = fxopt.lower(program, backend=backend)
-                place = Path(folder) / f"{backend.name}"
-                compiled.save(place)
-                loaded = fxopt.load(place)
-                cannot = loaded.engine.cannot_run()
-                if cannot is not None:
-                    row["answer"] = f"built, not run: {cannot}"
-                else:
-                    with torch.no_grad():
-                        found = loaded.engine(*program.example_inputs)
-                    row["answer"] = str(compare(program.run(*program.example_inputs), found))
-            except FxoptError as error:
-                row["reason"] = first_line(error)
+            if row["reason"] is None:
+                _lower(row, base, specs[split:], programs, backend, Path(folder) / backend.name)
             print(row, flush=True)
-        for row in rows:
-            row["passes"] = [
-                f"{item.name}: {len(item.rewrites)} rewrites"
-                for program in list(programs.values())[:1]
-                for item in program.report.passes
-            ]
+    done = next(iter(programs.values()), base).report.passes
+    for row in rows:
+        row["passes"] = [f"{item.name}: {len(item.rewrites)} rewrites" for item in done]
     return rows
+
+
+def _lower(
+    row: Row, base: Program, last: tuple[str, ...], programs: dict[Scheme, Program], backend: Backend, place: Path
+) -> None:
+    """Fills in a row: what the engine answers once it was saved and loaded, or why there is none."""
+    try:
+        scheme = backend.scheme(base.target)
+        if scheme not in programs:
+            start = base.copy()
+            start.scheme = scheme
+            programs[scheme] = PassManager(last).run(start) if last else start
+        program = programs[scheme]
+        fxopt.lower(program, backend=backend).save(place)
+        engine = fxopt.load(place).engine
+        cannot = engine.cannot_run()
+        if cannot is not None:
+            row["answer"] = f"built, not run: {cannot}"
+            return
+        with torch.no_grad():
+            found = engine(*program.example_inputs)
+        row["answer"] = str(compare(program.run(*program.example_inputs), found))
+    except FxoptError as error:
+        row["reason"] = first_line(error)
 
 
 def _table(rows: list[Row]) -> Table:

@@ -68,17 +68,12 @@ class AwareQuantizer(StaticQuantizer):
         """Has layers that share a weight read it rounded."""
         layers = [program.node(name) for name in params["layers"]]
         layer = cast("Any", program.module_of(layers[0]))
-        rounding = self._rounding(program)
-        found = rounding.of(original, params["layers"], self._weights(original)[0])
+        found = self.weight_codes(program, original, params)
         if len(layers) == 1 and (layer.bias is not None or bool(found.offset.any())):
             edit.set_tensor(program, layers[0], "bias", found.bias(layer.bias).to(layer.weight.dtype))
         weight = nn.Parameter(_rounds_to(layer.weight.detach(), found), requires_grad=layer.weight.requires_grad)
         scale = (found.scale if self.per_channel else found.scale[:1]).to(weight.device)
-        call_with(program, layers, FakeQuantizedWeight(weight, scale, rounding.bits, mask_of(layer)))
-
-    def _last_layers(self, program: Program) -> set[str]:
-        """None: biases train."""
-        return set()
+        call_with(program, layers, FakeQuantizedWeight(weight, scale, self._bits(program), mask_of(layer)))
 
     def _rounding(self, program: Program) -> WeightRounding:
         return WeightRounding(self._bits(program), self.round, self.per_channel, absorbed=self.bias_correction)

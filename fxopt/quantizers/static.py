@@ -34,7 +34,7 @@ from fxopt.quantizers.layers import find_layers
 from fxopt.quantizers.output_means import last_layers, mean_loss
 from fxopt.quantizers.products import ATTENTION, Products, find_products, operands, quantize_attention, share_spreads
 from fxopt.quantizers.sensitivity import Units, quantized_sqnr
-from fxopt.quantizers.weights import WeightRounding
+from fxopt.quantizers.weights import WeightCodes, WeightRounding
 from fxopt.rounding import Rounding
 
 if TYPE_CHECKING:
@@ -223,16 +223,21 @@ class StaticQuantizer(Quantizer):
             raise PassError("nothing reads it", pass_name="quantize", node=node.name)  # noqa: S106 (no secret)
         return readers
 
+    def weight_codes(self, program: Program, original: Program, params: Mapping[str, Any]) -> WeightCodes:
+        """A weight as integers, and what the bias takes up."""
+        found = self._rounding(original).of(original, params["layers"], self._weights(original)[0])
+        if not params.get("keeps_mean"):
+            return found
+        weight = QuantizedTensor(found.codes, found.scale)()
+        return replace(found, offset=mean_loss(original, program, params["layers"][0], weight))
+
     def quantize_weight(self, program: Program, original: Program, params: Mapping[str, Any]) -> None:
         """Has layers that share a weight read integers."""
         layers = [program.node(name) for name in params["layers"]]
         first, layer = layers[0], cast("Any", program.module_of(layers[0]))
-        found = self._rounding(original).of(original, params["layers"], self._weights(original)[0])
+        found = self.weight_codes(program, original, params)
         bias = None
         if len(layers) == 1:
-            if params.get("keeps_mean"):
-                weight = QuantizedTensor(found.codes, found.scale)()
-                found = replace(found, offset=mean_loss(original, program, first.name, weight))
             whole = found.bias(layer.bias)
             if program.scheme.integer_biases and program.op(first) == "linear" and "input" in params:
                 # a linear layer that gives floating numbers has an integer kernel only with a bias of integers

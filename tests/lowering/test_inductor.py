@@ -246,6 +246,24 @@ def test_integers_are_multiplied_as_integers(tmp_path: Path, capfd: pytest.Captu
     assert loaded.info()["layers"] == layers
 
 
+@pytest.mark.slow
+def test_integers_of_one_channel() -> None:
+    pytest.importorskip("torchao")
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 1, 3), nn.ReLU(), nn.Conv2d(1, 4, 3))
+    x = torch.randn(2, 1, 12, 12)
+    program = fxopt.optimize(
+        nn.Sequential(*layers).eval(), x, ["fold_batch_norm", "quantize"], calibration=[x], on_no_match="ignore"
+    )
+    engine = BACKEND.lower(program, dynamic_batch=True)
+    assert [layer["precision"] for layer in engine.info()["layers"]].count("u8") == 3
+    for size in (1, 2):
+        assert compare(program.run(x[:size]), engine(x[:size])).within(0.02)
+    legal = legalize(program)
+    assert str(legal) != str(program)
+    assert torch.equal(legal.run(x)[0], program.run(x)[0])
+
+
 def test_what_stays_floating_is_noted() -> None:
     torch.manual_seed(0)
     x = torch.randn(4, 3, 12, 12)

@@ -141,6 +141,15 @@ def test_packed_weights_stay_packed(weight_bits: int) -> None:
     assert {layer["precision"] for layer in layers} == {f"i{weight_bits}"}
 
 
+@pytest.mark.parametrize("bits", [3, 4, 6])
+def test_codes_in_parts_of_a_byte(bits: int) -> None:
+    torch.manual_seed(0)
+    program = fxopt.optimize(nn.Linear(64, 64).eval(), torch.randn(2, 64), [f"cluster_weights(bits={bits})"])
+    engine = BACKEND.lower(program, dynamic_batch=True)
+    x = torch.randn(3, 64)
+    assert compare(program.run(x), engine(x)).within(1e-5)
+
+
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float16, 3e-3), (torch.bfloat16, 3e-2), (torch.float64, 1e-6)])
 def test_other_float_types_are_taken_and_given(dtype: torch.dtype, bar: float) -> None:
     program, engine = lowered(Tiny().to(dtype), torch.randn(2, 8).to(dtype))
