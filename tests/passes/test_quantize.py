@@ -291,6 +291,62 @@ def test_the_worst_layers_stay_as_they_are_until_the_floor_holds(model: nn.Modul
         quantized(model, batches, weight_bits=4, min_sqnr_db=90)
 
 
+def test_outputs_keep_their_mean(model: nn.Module, batches: list[Tensor]) -> None:
+    def lost(program: Program) -> float:
+        seen = torch.cat(batches)
+        with torch.no_grad():
+            return float((program.module(seen) - model(seen)).mean(0).abs().max())
+
+    kept = quantized(model, batches, weight_bits=4)
+    told = [rewrite for rewrite in kept.report.passes[-1].rewrites if "keeps_mean" in rewrite.params]
+    assert [rewrite.params["layers"] for rewrite in told] == [["head"]]
+    assert told[0].what == "4-bit weights of head, whose outputs keep their mean"
+    # but for its own rounding
+    assert lost(kept) < lost(quantized(model, batches, weight_bits=4, bias_correction=False)) / 20
+
+
+class Heads(nn.Module):
+    """Two outputs from layers in a row, and layers of one weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 4, bias=False), nn.Conv1d(6, 3, 3, padding=1)
+        self.tied = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        y = torch.relu(self.stem(x))
+        return self.one(y), torch.sigmoid(self.two(y.transpose(1, 2))), self.tied(x) + self.tied(y)
+
+
+def test_all_last_layers_keep_their_mean_where_they_have_a_bias_of_their_own() -> None:
+    torch.manual_seed(0)
+    data = [torch.randn(8, 5, 6) for _ in range(4)]
+    model = Heads().eval()
+    program = quantized(model, data, round="nearest")
+    told = [rewrite.params for rewrite in program.report.passes[-1].rewrites if "keeps_mean" in rewrite.params]
+    assert [params["layers"] for params in told] == [["one"], ["two"]]
+    seen = torch.cat(data)
+    with torch.no_grad():
+        (one, two, _), (expected, other, _) = program.module(seen), model(seen)
+    assert float((one - expected).mean((0, 1)).abs().max()) < 1e-4
+    assert float((torch.logit(two) - torch.logit(other)).mean((0, 2)).abs().max()) < 1e-3
+
+
+@pytest.mark.parametrize("far", [1.0, 40.0])
+def test_ranges_are_chosen_in_the_way_that_the_outputs_lose_less(far: float) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    data = [torch.randn(16, 8) for _ in range(2)]
+    data[0][0, 0] *= far
+    losses = {}
+    for observer in ("mse", "percentile", "auto"):
+        program = quantized(model, data, observer=observer, bias_correction=False)
+        with torch.no_grad():
+            losses[observer] = sqnr(model(torch.cat(data)), program.module(torch.cat(data)))
+    assert losses["mse"] != losses["percentile"]
+    assert losses["auto"] == max(losses["mse"], losses["percentile"])
+
+
 def test_without_bias_correction_the_weights_answer_for_the_mean(model: nn.Module, batches: list[Tensor]) -> None:
     program = quantized(model, batches, weight_bits=4, bias_correction=False, equalize="off")
     biases = [tensor for name, tensor in program.module.state_dict().items() if name.endswith("bias")]
