@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -107,11 +108,11 @@ class Engine(ABC):
 
     Attributes:
         inputs: what it expects, in order.
-        batch_limits: the smallest and the largest batch, where the batch is free and not all sizes are taken.
+        limits: the smallest and the largest size of free axes of which not all sizes are taken, by name ("batch").
     """
 
     inputs: tuple[TensorSpec, ...]
-    batch_limits: tuple[int, int] | None = None
+    limits: Mapping[str, tuple[int, int]] = MappingProxyType({})
 
     @property
     def device(self) -> torch.device:
@@ -120,7 +121,7 @@ class Engine(ABC):
 
     @property
     def dynamic_batch(self) -> bool:
-        """Whether it takes any batch size, or any within `batch_limits`."""
+        """Whether it takes any batch size, or any within `limits`."""
         return any(spec.shape[:1] == (None,) and spec.axis_name(0) == BATCH for spec in self.inputs)
 
     def cannot_run(self) -> str | None:
@@ -226,7 +227,7 @@ def check_inputs(
     device: torch.device,
     inputs: Sequence[Any],
     *,
-    batch_limits: tuple[int, int] | None = None,
+    limits: Mapping[str, tuple[int, int]] = MappingProxyType({}),
 ) -> None:
     """Refuses inputs that an engine was not made for. Costs a microsecond or two per input.
 
@@ -251,9 +252,9 @@ def check_inputs(
         for axis, wanted in enumerate(spec.shape):
             if wanted is None:
                 name, size = spec.axis_name(axis), shape[axis]
-                low, high = batch_limits if batch_limits is not None and name == BATCH else (size, size)
+                low, high = limits.get(name, (size, size))
                 if not low <= size <= high:
-                    raise InputError(f"input {spec.name}: this engine takes a batch of {low} to {high}, got {size}")
+                    raise InputError(f"input {spec.name}: this engine takes a {name} of {low} to {high}, got {size}")
                 if known.setdefault(name, size) != size:
                     raise InputError(
                         f"input {spec.name}: expected {name} {known[name]} as the inputs before it, got {size}"

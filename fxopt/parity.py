@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -41,7 +40,7 @@ def disagreement(program: Program, engine: Engine, backend: Backend, reference: 
     """
     steps = _QUANTIZED_TOLERANCE if "quantized" in program.properties else 0.0
     for inputs, expected in zip(reference.cases, reference.outputs, strict=True):
-        if inputs is not program.example_inputs and not _takes(engine, program, inputs):
+        if inputs is not program.example_inputs and not _takes(engine, inputs):
             continue
         with fixed_random_state(), buffers_restored(program.module):
             answers = engine(*(tensor.to(engine.device) for tensor in inputs))
@@ -51,11 +50,13 @@ def disagreement(program: Program, engine: Engine, backend: Backend, reference: 
     return None
 
 
-def _takes(engine: Engine, program: Program, inputs: Sequence[torch.Tensor]) -> bool:
+def _takes(engine: Engine, inputs: Sequence[torch.Tensor]) -> bool:
     """Whether an engine takes the sizes of these inputs, which are not those of its program's example."""
-    if not all(spec.takes(tensor.shape) for spec, tensor in zip(engine.inputs, inputs, strict=True)):
-        return False
-    if program.batch is None:
-        return True
-    low, high = engine.batch_limits or (0, math.inf)
-    return low <= inputs[program.batch.inputs[0]].shape[0] <= high
+    for spec, tensor in zip(engine.inputs, inputs, strict=True):
+        if not spec.takes(tensor.shape):
+            return False
+        for axis, size in enumerate(tensor.shape):
+            low, high = engine.limits.get(spec.axis_name(axis), (size, size))
+            if spec.shape[axis] is None and not low <= size <= high:
+                return False
+    return True

@@ -140,7 +140,7 @@ class _KeptEngine(Engine):
 
     def __init__(self, engine: Engine, spec: str, table: Sequence[Mapping[str, Any]]) -> None:
         self.inputs = engine.inputs
-        self.batch_limits = engine.batch_limits
+        self.limits = engine.limits
         self._engine = engine
         self._spec = spec
         self._table = list(table)

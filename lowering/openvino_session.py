@@ -17,6 +17,7 @@ import torch
 
 from fxopt.backend import Engine, TensorSpec, check_inputs
 from fxopt.errors import BackendError, InputError
+from fxopt.free_axes import BATCH
 
 if TYPE_CHECKING:
     import openvino
@@ -34,8 +35,6 @@ _REASON_LENGTH = 400
 class OpenVinoEngine(Engine):
     """Runs a model in OpenVINO."""
 
-    batch_limits = (1, _INT32.max)
-
     def __init__(
         self,
         model: openvino.Model,
@@ -47,6 +46,7 @@ class OpenVinoEngine(Engine):
     ) -> None:
         import openvino
 
+        self.limits = {BATCH: (1, _INT32.max)}
         self.inputs = inputs
         self._model = model
         self._compiled = compiled
@@ -64,7 +64,7 @@ class OpenVinoEngine(Engine):
         self._free: deque[openvino.InferRequest] = deque()
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        check_inputs(self.inputs, self.device, inputs, batch_limits=self.batch_limits)
+        check_inputs(self.inputs, self.device, inputs, limits=self.limits)
         for spec, tensor in zip(self.inputs, inputs, strict=True):
             _refuse_large_integers(spec, tensor)
         # what OpenVINO reads by pointer must live until it has

@@ -27,6 +27,7 @@ import torch
 
 from fxopt.backend import Backend, Engine, TensorSpec
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable, InputError
+from fxopt.free_axes import BATCH
 from fxopt.integer_scheme import INT8, Scheme
 from fxopt.lowering.tensorrt_device import no_gpu
 from fxopt.options import check_choice, check_count, check_flag
@@ -35,7 +36,7 @@ from fxopt.runtime.tensorrt_plan import PACKAGES, PLAN_FILE, load_module
 if TYPE_CHECKING:
     from fxopt.artifact import Manifest
     from fxopt.lowering.onnx_model import OnnxModel
-    from fxopt.lowering.tensorrt_build import Batches
+    from fxopt.lowering.tensorrt_build import Sizes
     from fxopt.program import Program
     from fxopt.target import Target
 
@@ -53,6 +54,7 @@ class _Tensorrt(Backend):
         min_batch: the smallest batch, where the batch is free.
         opt_batch: the batch that kernels are chosen for; None: the example's.
         max_batch: the largest batch; None: 32, or twice `opt_batch` where that is more.
+        ranges: of the other free axes: name, smallest size, the one that kernels are chosen for, and largest.
         workspace_bytes: GPU memory that a layer may use besides its tensors; None: all there is.
         tf32: whether products of float32 may round what they read to 10 bits of mantissa.
         cuda_graph: whether calls are captured as CUDA graphs, one for each batch size that is met, and replayed.
@@ -63,6 +65,7 @@ class _Tensorrt(Backend):
     min_batch: int = 1
     opt_batch: int | None = None
     max_batch: int | None = None
+    ranges: tuple[tuple[str, int, int, int], ...] = ()
     workspace_bytes: int | None = None
     tf32: bool = False
     cuda_graph: bool = False
@@ -72,6 +75,11 @@ class _Tensorrt(Backend):
         for name in ("opt_batch", "max_batch", "workspace_bytes"):
             if getattr(self, name) is not None:
                 check_count(name, getattr(self, name))
+        if not _are_ranges(self.ranges):
+            raise ValueError(
+                'ranges must be a tuple such as (("height", 64, 224, 512),), of names and growing sizes, '
+                f"not {self.ranges!r}"
+            )
         for name in ("tf32", "cuda_graph"):
             check_flag(name, getattr(self, name))
         given = [size for size in (self.min_batch, self.opt_batch, self.max_batch) if size is not None]
@@ -99,15 +107,9 @@ class _Tensorrt(Backend):
         from fxopt.lowering.tensorrt_build import build
         from fxopt.lowering.tensorrt_engine import TensorrtEngine
 
-        if program.free_axes:
-            names = ", ".join(axis.name for axis in program.free_axes)
-            raise BackendError(
-                f"a {self.name} engine is made for a range of sizes, and none is known for {names}: leave it out of "
-                "dynamic_axes and compile for each size, or use backend='onnx'"
-            )
         module, device = load_module(self.name), self.device(program.target)
         lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=True, dequantize=True)
-        batches = self._batches(program) if lowered.dynamic_batch else None
+        ranges = self._ranges(program) | ({BATCH: self._batches(program)} if lowered.dynamic_batch else {})
         inputs = TensorSpec.of_program(program, dynamic_batch=lowered.dynamic_batch)
         sparse = self._sparse_layers(lowered.model)
         started = time.perf_counter()
@@ -117,7 +119,7 @@ class _Tensorrt(Backend):
                 lowered.model,
                 inputs=inputs,
                 output_types=_output_types(program),
-                batches=batches,
+                ranges=ranges,
                 configured=lambda config: self._configured(module, config, sparse=bool(sparse)),
             )
         info = {
@@ -125,7 +127,7 @@ class _Tensorrt(Backend):
             "version": str(module.__version__),
             "device": str(device),
             "dynamic_batch": lowered.dynamic_batch,
-            "batch": None if batches is None else list(batches),
+            "ranges": {name: list(sizes) for name, sizes in ranges.items()},
             "bytes": len(built.plan),
             "outputs": built.outputs,
             "host_code": self._host_code,
@@ -169,13 +171,35 @@ class _Tensorrt(Backend):
         """The layers that sparse kernels are allowed for, separated by commas."""
         return ""
 
-    def _batches(self, program: Program) -> Batches:
-        from fxopt.lowering.tensorrt_build import Batches
+    def _ranges(self, program: Program) -> dict[str, Sizes]:
+        """Of the free axes beside the batch."""
+        from fxopt.lowering.tensorrt_build import Sizes
+
+        given = {name: Sizes(*sizes) for name, *sizes in self.ranges}
+        for axis in program.free_axes:
+            sizes = given.get(axis.name)
+            if sizes is None:
+                raise BackendError(
+                    f"a {self.name} engine is made for a range of sizes, and none is given for {axis.name}: write "
+                    f"ranges=(({axis.name!r}, smallest, {axis.size}, largest),), or leave it out of dynamic_axes"
+                )
+            if not sizes.least <= axis.size <= sizes.most:
+                raise InputError(
+                    f"the example's {axis.name} of {axis.size} must be one that the engine takes: it is for "
+                    f"{sizes.least} to {sizes.most} by ranges"
+                )
+        others = sorted(given.keys() - {axis.name for axis in program.free_axes})
+        if others:
+            raise InputError(f"ranges names {', '.join(others)}, which dynamic_axes does not")
+        return given
+
+    def _batches(self, program: Program) -> Sizes:
+        from fxopt.lowering.tensorrt_build import Sizes
 
         assert program.batch is not None
         example = program.batch.size
         best = example if self.opt_batch is None else self.opt_batch
-        batches = Batches(self.min_batch, best, max(_MOST, 2 * best) if self.max_batch is None else self.max_batch)
+        batches = Sizes(self.min_batch, best, max(_MOST, 2 * best) if self.max_batch is None else self.max_batch)
         if not batches.least <= min(example, best) <= max(example, best) <= batches.most:
             raise InputError(
                 f"the example's batch of {example} must be one that the engine takes: it is for {batches.least} to "
@@ -187,6 +211,19 @@ class _Tensorrt(Backend):
         reason = self.unavailable()
         if reason is not None:
             raise BackendUnavailable(f"backend {self.name}: {reason}")
+
+
+def _are_ranges(value: Any) -> bool:
+    """Whether that is a tuple of a name and three growing sizes, each name once."""
+    whole = isinstance(value, tuple) and all(
+        isinstance(item, tuple)
+        and len(item) == 4
+        and isinstance(item[0], str)
+        and all(type(size) is int and size > 0 for size in item[1:])
+        and list(item[1:]) == sorted(item[1:])
+        for item in value
+    )
+    return whole and len({item[0] for item in value}) == len(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""From an ONNX model to a plan of TensorRT: parsed, checked, with a range of batch sizes, built.
+"""From an ONNX model to a plan of TensorRT: parsed, checked, with ranges of sizes, built.
 
 Networks are strongly typed: a layer computes in the types that the graph says, and the builder chooses none. The model
 is handed over as files: in a message it would have to stay below 2 GiB.
@@ -7,12 +7,13 @@ is handed over as files: in a message it would have to stay below 2 GiB.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fxopt.errors import BackendError
+from fxopt.free_axes import BATCH
 from fxopt.lowering.onnx_model import MODEL_FILE
 from fxopt.lowering.tensorrt_layers import network_layers, type_name
 from fxopt.runtime.tensorrt_plan import errors_of, logger
@@ -21,14 +22,14 @@ if TYPE_CHECKING:
     from fxopt.backend import TensorSpec
     from fxopt.lowering.onnx_model import OnnxModel
 
-__all__ = ["Batches", "Built", "build"]
+__all__ = ["Built", "Sizes", "build"]
 
 
 _LONGEST = 500  # characters of a reason
 
 
-class Batches(NamedTuple):
-    """Batch sizes: the smallest, the one that kernels are chosen for, and the largest."""
+class Sizes(NamedTuple):
+    """Of a free axis: the smallest, the one that kernels are chosen for, and the largest."""
 
     least: int
     best: int
@@ -55,7 +56,7 @@ def build(
     *,
     inputs: Sequence[TensorSpec],
     output_types: Sequence[str],
-    batches: Batches | None,
+    ranges: Mapping[str, Sizes],
     configured: Callable[[Any], AbstractContextManager[None]],
 ) -> Built:
     """Builds an engine.
@@ -65,7 +66,7 @@ def build(
         model: what it computes.
         inputs: of the program.
         output_types: torch's names of the data types that the program gives.
-        batches: where the batch is free.
+        ranges: of the free axes, by name.
         configured: sets the options of a builder's configuration, for as long as it builds.
 
     Raises:
@@ -78,12 +79,12 @@ def build(
         outputs = _checked(module, network, inputs, output_types)
         config = builder.create_builder_config()
         config.profiling_verbosity = module.ProfilingVerbosity.DETAILED
-        if batches is not None:
-            config.add_optimization_profile(_profile(builder, network, batches))
+        if ranges:
+            config.add_optimization_profile(_profile(builder, network, inputs, ranges))
         with configured(config):
             plan = builder.build_serialized_network(network, config)
         if plan is None:
-            advice = "" if batches is None else ". With dynamic_batch=False it may: the batch is then the example's"
+            advice = "" if BATCH not in ranges else ". With dynamic_batch=False it may: the batch is then the example's"
             raise BackendError(f"{module.__name__} cannot build the engine: {_told(errors)}{advice}")
         return Built(bytes(plan), outputs, network_layers(network))
 
@@ -137,11 +138,14 @@ def _checked(
     return [{"name": tensor.name, "dtype": type_name(tensor.dtype)} for tensor in found]
 
 
-def _profile(builder: Any, network: Any, batches: Batches) -> Any:
+def _profile(builder: Any, network: Any, inputs: Sequence[TensorSpec], ranges: Mapping[str, Sizes]) -> Any:
     profile = builder.create_optimization_profile()
-    for index in range(network.num_inputs):
-        tensor = network.get_input(index)
-        sizes = tuple(tensor.shape)
-        if -1 in sizes:
-            profile.set_shape(tensor.name, *([batch if size < 0 else size for size in sizes] for batch in batches))
+    read = {network.get_input(index).name for index in range(network.num_inputs)}
+    for spec in inputs:
+        if spec.name in read and None in spec.shape:
+            sizes = [
+                ranges[spec.axis_name(axis)] if size is None else Sizes(size, size, size)
+                for axis, size in enumerate(spec.shape)
+            ]
+            profile.set_shape(spec.name, *map(list, zip(*sizes, strict=True)))
     return profile

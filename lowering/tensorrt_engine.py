@@ -33,7 +33,7 @@ class TensorrtEngine(Engine):
         plan: the engine as bytes.
         inputs: what it expects.
         device: the CUDA device.
-        info: what `info()` says, with "outputs" and, where the batch is free, "batch".
+        info: what `info()` says, with "outputs", and "ranges" of the free axes.
         cuda_graph: whether calls are captured as CUDA graphs and replayed.
     """
 
@@ -47,8 +47,7 @@ class TensorrtEngine(Engine):
         cuda_graph: bool,
     ) -> None:
         self.inputs = inputs
-        limits = info.get("batch")
-        self.batch_limits = (int(limits[0]), int(limits[-1])) if limits else None
+        self.limits = {name: (sizes[0], sizes[-1]) for name, sizes in info["ranges"].items()}
         self._module = load_module(str(info["backend"]))
         self._plan = plan
         self._device = device
@@ -72,7 +71,7 @@ class TensorrtEngine(Engine):
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if self._missing is not None:
             raise BackendUnavailable(f"{self._info['backend']}: the engine cannot run here: {self._missing}")
-        check_inputs(self.inputs, self._device, inputs, batch_limits=self.batch_limits)
+        check_inputs(self.inputs, self._device, inputs, limits=self.limits)
         with torch.no_grad(), torch.cuda.device(self._device):
             self._load()
             given = [_bindable(tensor) for tensor in inputs]
@@ -150,15 +149,16 @@ def checked_info(info: Mapping[str, Any], name: str, path: Path) -> Mapping[str,
     Raises:
         ArtifactError: if something is missing.
     """
-    outputs, batch = info.get("outputs"), info.get("batch")
+    outputs, ranges = info.get("outputs"), info.get("ranges")
     named = isinstance(outputs, list) and all(
         isinstance(item, dict)
         and isinstance(item.get("name"), str)
         and isinstance(getattr(torch, str(item.get("dtype")), None), torch.dtype)
         for item in outputs
     )
-    limited = batch is None or (
-        isinstance(batch, list) and len(batch) == 3 and all(type(size) is int for size in batch)
+    limited = isinstance(ranges, dict) and all(
+        isinstance(sizes, list) and len(sizes) == 3 and all(type(size) is int for size in sizes)
+        for sizes in ranges.values()
     )
     if info.get("backend") != name or not named or not limited:
         raise ArtifactError(f"the manifest beside {path} does not describe an engine of {name}: save the engine again")

@@ -9,7 +9,6 @@ Inputs and outputs are flat, in the order of the model's signature (`Runner.inpu
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
@@ -43,12 +42,14 @@ class Input(NamedTuple):
     Attributes:
         name: as in the model's signature.
         dtype: exact; nothing is converted.
-        shape: sizes; None at axis 0 where the batch is free.
+        shape: sizes; None where the engine takes several.
+        axes: what such axes are called; axes of one name have one size.
     """
 
     name: str
     dtype: np.dtype[Any]
     shape: tuple[int | None, ...]
+    axes: tuple[str | None, ...]
 
 
 def unavailable() -> str | None:
@@ -69,7 +70,7 @@ class Runner:
 
     Attributes:
         inputs: what it expects, in order.
-        batch_limits: the smallest and the largest batch, where the batch is free.
+        limits: the smallest and the largest size of free axes, by name ("batch").
 
     Raises:
         ArtifactError: if the folder is incomplete, altered, or holds an engine of another kind.
@@ -81,7 +82,7 @@ class Runner:
         saved = checked(Path(directory))
         described = _Described.of(saved.data, saved.place)
         self.inputs = described.inputs
-        self.batch_limits = described.batch_limits
+        self.limits = described.limits
         self._outputs = described.outputs
         module = load_module(described.backend)
         self._module = module
@@ -109,7 +110,7 @@ class Runner:
             InputError: naming the input whose number, data type or shape does not fit.
             BackendError: if TensorRT failed.
         """
-        check_arrays(self.inputs, inputs, self.batch_limits)
+        check_arrays(self.inputs, inputs, self.limits)
         with self._lock, self._current(), errors_of(self._module) as errors:
             arrays = [np.ascontiguousarray(array) for array in inputs]  # kept until the stream has read them
             bound = True
@@ -182,7 +183,7 @@ class _Described(NamedTuple):
     device: int
     inputs: tuple[Input, ...]
     outputs: tuple[tuple[str, np.dtype[Any]], ...]
-    batch_limits: tuple[int, int] | None
+    limits: Mapping[str, tuple[int, int]]
     host_code: bool
 
     @classmethod
@@ -197,16 +198,12 @@ class _Described(NamedTuple):
             backend = str(info["backend"])
             if backend not in PACKAGES:
                 raise ArtifactError(f"{place} holds an engine of the backend {backend}: fxopt.load runs it")
-            limits = info["batch"]
             return cls(
                 backend,
                 int(str(info["device"]).partition(":")[2] or 0),
-                tuple(
-                    Input(str(item["name"]), _numpy_type(item["dtype"]), tuple(item["shape"]))
-                    for item in data["inputs"]
-                ),
+                tuple(_input(item) for item in data["inputs"]),
                 tuple((str(item["name"]), _numpy_type(item["dtype"])) for item in info["outputs"]),
-                None if limits is None else (int(limits[0]), int(limits[-1])),
+                {name: (int(sizes[0]), int(sizes[-1])) for name, sizes in info["ranges"].items()},
                 info["host_code"] is True,
             )
         except (LookupError, TypeError, ValueError, AttributeError) as error:
@@ -216,7 +213,14 @@ class _Described(NamedTuple):
             ) from error
 
 
-def check_arrays(specs: Sequence[Input], inputs: Sequence[Any], batch_limits: tuple[int, int] | None = None) -> None:
+def _input(item: Mapping[str, Any]) -> Input:
+    """Reads what a manifest says of an input; free is the batch, if no axis has a name."""
+    shape = tuple(item["shape"])
+    axes = tuple(item.get("axes", ())) or tuple("batch" if size is None else None for size in shape)
+    return Input(str(item["name"]), _numpy_type(item["dtype"]), shape, axes)
+
+
+def check_arrays(specs: Sequence[Input], inputs: Sequence[Any], limits: Mapping[str, tuple[int, int]]) -> None:
     """Refuses inputs that an engine was not made for.
 
     Raises:
@@ -224,27 +228,29 @@ def check_arrays(specs: Sequence[Input], inputs: Sequence[Any], batch_limits: tu
     """
     if len(inputs) != len(specs):
         raise InputError(f"expected {len(specs)} inputs ({', '.join(spec.name for spec in specs)}), got {len(inputs)}")
-    batch: int | None = None
+    known: dict[str | None, int] = {}
     for spec, array in zip(specs, inputs, strict=True):
         if not isinstance(array, np.ndarray):
             raise InputError(f"input {spec.name}: expected a numpy array, got {type(array).__name__}")
         if array.dtype != spec.dtype:
             raise InputError(f"input {spec.name}: expected {spec.dtype}, got {array.dtype}: convert it first")
-        free = bool(spec.shape) and spec.shape[0] is None
-        if len(array.shape) != len(spec.shape) or array.shape[free:] != spec.shape[free:]:
-            expected = ", ".join("batch" if size is None else str(size) for size in spec.shape)
-            raise InputError(f"input {spec.name}: expected shape [{expected}], got {list(array.shape)}")
-        if free:
-            low, high = batch_limits or (0, math.inf)
-            if not low <= array.shape[0] <= high:
-                raise InputError(
-                    f"input {spec.name}: this engine takes a batch of {low} to {high}, got {array.shape[0]}"
-                )
-            batch = array.shape[0] if batch is None else batch
-            if array.shape[0] != batch:
-                raise InputError(
-                    f"input {spec.name}: expected batch {batch} as the inputs before it, got {array.shape[0]}"
-                )
+        fits = len(array.shape) == len(spec.shape) and all(
+            wanted in (None, size) for wanted, size in zip(spec.shape, array.shape, strict=True)
+        )
+        if not fits:
+            named = (name if size is None else str(size) for name, size in zip(spec.axes, spec.shape, strict=True))
+            raise InputError(
+                f"input {spec.name}: expected shape [{', '.join(map(str, named))}], got {list(array.shape)}"
+            )
+        for name, wanted, size in zip(spec.axes, spec.shape, array.shape, strict=True):
+            if wanted is None:
+                low, high = limits.get(str(name), (size, size))
+                if not low <= size <= high:
+                    raise InputError(f"input {spec.name}: this engine takes a {name} of {low} to {high}, got {size}")
+                if known.setdefault(name, size) != size:
+                    raise InputError(
+                        f"input {spec.name}: expected {name} {known[name]} as the inputs before it, got {size}"
+                    )
 
 
 def _bytes_of(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:

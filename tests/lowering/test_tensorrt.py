@@ -145,7 +145,7 @@ def test_precision_is_that_of_the_program(passes: tuple[Any, ...], precision: st
     assert found["matrix_multiply", precision] == 2
     info = engine.info()
     assert info["outputs"] == [{"name": "output", "dtype": "float32"}]
-    assert info["batch"] == [1, 2, 32]
+    assert info["ranges"] == {"batch": [1, 2, 32]}
     assert info["dynamic_batch"] is True
     assert {key: info[key] for key in ("backend", "device")} == {"backend": "tensorrt_rtx", "device": "cuda:0"}
     assert engine.device == CUDA
@@ -256,26 +256,55 @@ def test_what_cannot_be_built_says_why() -> None:
 def test_batch_sizes() -> None:
     model = nn.Linear(4, 2)
     engine = lowered(model, (torch.randn(3, 4),), backend=TensorrtRtxBackend(min_batch=2, opt_batch=4, max_batch=8))
-    assert engine.info()["batch"] == [2, 4, 8]
-    assert engine.batch_limits == (2, 8)
+    assert engine.info()["ranges"] == {"batch": [2, 4, 8]}
+    assert engine.limits == {"batch": (2, 8)}
     for size in (0, 1, 9):
         with pytest.raises(InputError, match=f"input input: this engine takes a batch of 2 to 8, got {size}"):
-            check_inputs(engine.inputs, torch.device("cpu"), [torch.randn(size, 4)], batch_limits=engine.batch_limits)
+            check_inputs(engine.inputs, torch.device("cpu"), [torch.randn(size, 4)], limits=engine.limits)
     large = lowered(model, (torch.randn(20, 4),))
-    assert large.info()["batch"] == [1, 20, 40]
+    assert large.info()["ranges"] == {"batch": [1, 20, 40]}
     with pytest.raises(
         InputError, match="the example's batch of 20 must be one that the engine takes: it is for 1 to 8"
     ):
         lowered(model, (torch.randn(20, 4),), backend=TensorrtRtxBackend(opt_batch=4, max_batch=8))
     fixed = BACKEND.lower(program_of(model, (torch.randn(3, 4),)), dynamic_batch=False)
-    assert fixed.batch_limits is None
-    assert fixed.info()["batch"] is None
+    assert fixed.limits == {}
+    assert fixed.info()["ranges"] == {}
     assert fixed.inputs[0].shape == (3, 4)
 
 
-def test_free_axes_have_no_range() -> None:
-    with pytest.raises(BackendError, match="a range of sizes, and none is known for height"):
-        fxopt.compile(nn.Conv2d(3, 4, 3).eval(), images(), backend=BACKEND, dynamic_axes={"input": {2: "height"}})
+def test_ranges_of_free_axes() -> None:
+    class Joined(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x) + y.mean((2, 3), keepdim=True)
+
+    x = torch.randn(2, 3, 32, 48)
+    axes = {"x": {2: "height", 3: "width"}, "y": {2: "height"}}
+    ranges = (("height", 16, 32, 64), ("width", 48, 48, 480))
+    backend = TensorrtRtxBackend(ranges=ranges, max_batch=4)
+    assert make_backend(str(backend)) == backend
+
+    def made(backend: TensorrtRtxBackend) -> Engine:
+        return fxopt.compile(Joined().eval(), (x, x), backend=backend, dynamic_axes=axes).engine
+
+    engine = made(backend)
+    assert engine.info()["ranges"] == {"height": [16, 32, 64], "width": [48, 48, 480], "batch": [1, 2, 4]}
+    assert engine.limits == {"height": (16, 64), "width": (48, 480), "batch": (1, 4)}
+    cpu = torch.device("cpu")
+    check_inputs(engine.inputs, cpu, [torch.randn(4, 3, 64, 480), torch.randn(4, 3, 64, 48)], limits=engine.limits)
+    for shape, message in [
+        ((1, 3, 8, 48), "input x: this engine takes a height of 16 to 64, got 8"),
+        ((1, 3, 16, 40), "input x: this engine takes a width of 48 to 480, got 40"),
+        ((5, 3, 16, 48), "input x: this engine takes a batch of 1 to 4, got 5"),
+    ]:
+        with pytest.raises(InputError, match=message):
+            check_inputs(engine.inputs, cpu, [torch.randn(shape), torch.randn(1, 3, 32, 48)], limits=engine.limits)
+    with pytest.raises(BackendError, match=r"none is given for width: write ranges=\(\('width', smallest, 48, largest"):
+        made(TensorrtRtxBackend(ranges=ranges[:1]))
+    with pytest.raises(InputError, match=r"the example's height of 32 must be one that the engine takes: .* 40 to 64"):
+        made(TensorrtRtxBackend(ranges=(("height", 40, 40, 64), ranges[1])))
+    with pytest.raises(InputError, match="ranges names depth, which dynamic_axes does not"):
+        made(TensorrtRtxBackend(ranges=(*ranges, ("depth", 1, 2, 3))))
 
 
 def test_options() -> None:
@@ -289,6 +318,8 @@ def test_options() -> None:
     for bad, message in [
         ({"max_batch": 0}, "max_batch must be an integer of at least 1, not 0"),
         ({"min_batch": 8, "max_batch": 4}, r"must grow in this order, not \[8, 4\]"),
+        ({"ranges": (("height", 64, 32, 128),)}, "ranges must be a tuple such as"),
+        ({"ranges": ("height", 64, 32, 128)}, "ranges must be a tuple such as"),
         ({"tf32": 1}, "tf32 must be True or False, not 1"),
         ({"compute_capabilities": "8.6"}, r"must be a tuple such as \(\"8.6\", \"12.0\"\), or None, not '8.6'"),
         ({"compute_capabilities": ("sm86",)}, "must be a tuple such as"),
@@ -362,12 +393,12 @@ def test_without_a_gpu_everything_but_running_works(tmp_path: Path, new_process:
             "except fxopt.BackendUnavailable as error:\n"
             "    said = str(error)\n"
             "engine = loaded.engine\n"
-            "print(json.dumps([engine.info(), said, engine.batch_limits, list(map(str, engine.inputs))]))\n"
+            "print(json.dumps([engine.info(), said, engine.limits, list(map(str, engine.inputs))]))\n"
         )
     )
     assert loaded[0] == compiled.engine.info()
     assert loaded[1] == f"tensorrt_rtx: the engine cannot run here: {NO_GPU}"
-    assert loaded[2:] == [[1, 4], ["input: float32[batch, 4]"]]
+    assert loaded[2:] == [{"batch": [1, 4]}, ["input: float32[batch, 4]"]]
     again = fxopt.load(tmp_path / "out")
     again.save(tmp_path / "again")
     assert (tmp_path / "again/engine.plan").read_bytes() == (tmp_path / "out/engine.plan").read_bytes()
@@ -433,7 +464,8 @@ def test_a_manifest_that_lacks_something_is_refused(tmp_path: Path) -> None:
     for wrong in (
         {"outputs": None},
         {"outputs": [{"name": "output", "dtype": "float33"}]},
-        {"batch": [1, 2]},
+        {"ranges": {"batch": [1, 2]}},
+        {"ranges": None},
         {"backend": "tensorrt"},
     ):
         with pytest.raises(ArtifactError, match="does not describe an engine of tensorrt_rtx: save the engine again"):

@@ -86,9 +86,9 @@ def test_what_numpy_cannot_hold_is_refused(tmp_path: Path, new_process: Any) -> 
 
 
 def test_arrays_are_checked() -> None:
-    specs = (Input("ids", np.dtype("int64"), (None, 3)), Input("scale", np.dtype("float32"), ()))
+    specs = (Input("ids", np.dtype("int64"), (None, 3), ("batch", None)), Input("scale", np.dtype("float32"), (), ()))
     ids, scale = np.zeros((2, 3), np.int64), np.array(1.0, np.float32)
-    check_arrays(specs, (ids, scale), (1, 4))
+    check_arrays(specs, (ids, scale), {"batch": (1, 4)})
     for given, message in [
         ((ids,), r"expected 2 inputs \(ids, scale\), got 1"),
         ((ids.tolist(), scale), "input ids: expected a numpy array, got list"),
@@ -98,10 +98,24 @@ def test_arrays_are_checked() -> None:
         ((ids, scale[None]), r"input scale: expected shape \[\], got \[1\]"),
     ]:
         with pytest.raises(InputError, match=message):
-            check_arrays(specs, given, (1, 4))
-    two = (specs[0], Input("other", np.dtype("int64"), (None,)))
+            check_arrays(specs, given, {"batch": (1, 4)})
+    two = (specs[0], Input("other", np.dtype("int64"), (None,), ("batch",)))
     with pytest.raises(InputError, match="input other: expected batch 2 as the inputs before it, got 1"):
-        check_arrays(two, (ids, np.zeros(1, np.int64)))
+        check_arrays(two, (ids, np.zeros(1, np.int64)), {})
+
+
+def test_arrays_of_several_sizes_are_checked() -> None:
+    image = Input("image", np.dtype("float32"), (None, 3, None), ("batch", None, "width"))
+    other = Input("other", np.dtype("float32"), (None, None), ("batch", "width"))
+    limits = {"batch": (1, 4), "width": (8, 64)}
+    wide = np.zeros((2, 3, 16), np.float32)
+    check_arrays((image, other), (wide, wide[:, 0]), limits)
+    with pytest.raises(InputError, match="input other: expected width 16 as the inputs before it, got 8"):
+        check_arrays((image, other), (wide, wide[:, 0, :8]), limits)
+    with pytest.raises(InputError, match="input image: this engine takes a width of 8 to 64, got 4"):
+        check_arrays((image, other), (wide[:, :, :4], wide[:, 0]), limits)
+    with pytest.raises(InputError, match=r"input image: expected shape \[batch, 3, width\], got \[2, 16\]"):
+        check_arrays((image, other), (wide[:, 0], wide[:, 0]), limits)
 
 
 @pytest.mark.gpu
