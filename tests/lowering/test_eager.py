@@ -12,13 +12,13 @@ import torch
 from torch import nn
 
 import fxopt
-from fxopt import artifact
 from fxopt.backend import Engine, FixedBatchWarning
 from fxopt.compare import compare
 from fxopt.errors import ArtifactError, BackendError, InputError
 from fxopt.lowering import EagerBackend
 from fxopt.lowering.eager_archive import load_archive
 from fxopt.program import BatchAxis, Program
+from tests.lowering.engines import saved
 
 BACKEND = EagerBackend()
 
@@ -40,18 +40,6 @@ INPUTS = (torch.randint(0, 9, (2, 3)), torch.randn(2, 3, 2))
 def lowered(model: nn.Module) -> tuple[Program, Engine]:
     program = fxopt.capture(model, INPUTS)
     return program, BACKEND.lower(program, dynamic_batch=True)
-
-
-def saved(program: Program, engine: Engine, folder: Path) -> artifact.Manifest:
-    artifact.write(
-        folder,
-        engine=engine,
-        backend=BACKEND,
-        signature=program.signature,
-        report=program.report,
-        target=program.target,
-    )
-    return artifact.read(folder)
 
 
 def test_it_answers_like_the_program() -> None:
@@ -92,7 +80,7 @@ def test_results_share_no_memory_with_the_inputs_or_the_engine(tmp_path: Path, t
     program = fxopt.capture(Shares().train(training), torch.randn(2, 3))
     engine = BACKEND.lower(program, dynamic_batch=True)
     if load:
-        engine = BACKEND.load(tmp_path / "out", saved(program, engine, tmp_path / "out"))
+        engine = BACKEND.load(tmp_path / "out", saved(program, engine, BACKEND, tmp_path / "out"))
     x = torch.randn(2, 3)
     expected = [x.clone(), x[:, 0].clone(), torch.ones(3), torch.tensor([1.0, 2.0, 3.0]), x.clone()]
     for _ in range(2):
@@ -132,12 +120,12 @@ def test_an_error_of_any_class_is_a_backend_error() -> None:
 
 def test_saved_and_loaded_with_any_batch(tmp_path: Path) -> None:
     program, engine = lowered(Net().eval())
-    manifest = saved(program, engine, tmp_path / "out")
+    manifest = saved(program, engine, BACKEND, tmp_path / "out")
     loaded = BACKEND.load(tmp_path / "out", manifest)
     inputs = program.inputs_with_batch(5)
     assert compare(engine(*inputs), loaded(*inputs)).within(1e-6)
     assert loaded.info()["dynamic_batch"] is True
-    again = saved(program, loaded, tmp_path / "again")
+    again = saved(program, loaded, BACKEND, tmp_path / "again")
     assert compare(engine(*inputs), BACKEND.load(tmp_path / "again", again)(*inputs)).within(1e-6)
 
 
@@ -150,7 +138,7 @@ def test_a_batch_that_cannot_be_saved_dynamic_is_saved_fixed_with_a_warning(tmp_
     program.batch = BatchAxis((0,), 2)
     engine = BACKEND.lower(program, dynamic_batch=True)
     with pytest.warns(FixedBatchWarning, match="saved with a fixed batch of 2"):
-        manifest = saved(program, engine, tmp_path / "out")
+        manifest = saved(program, engine, BACKEND, tmp_path / "out")
     loaded = BACKEND.load(tmp_path / "out", manifest)
     assert loaded.info()["dynamic_batch"] is False
     assert "fixed batch of 2" in loaded.info()["notes"][0]

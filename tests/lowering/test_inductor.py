@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import json
 import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 import fxopt
-from fxopt import artifact
 from fxopt.backend import Engine, FixedBatchWarning
 from fxopt.compare import compare
 from fxopt.errors import ArtifactError, BackendUnavailable, InputError
@@ -19,6 +17,7 @@ from fxopt.lowering.inductor_legalize import legalize
 from fxopt.program import BatchAxis, Program
 from fxopt.registry import make_backend
 from fxopt.target import Target
+from tests.lowering.engines import saved
 from tests.lowering.networks import Recurrent, TokenEncoder
 
 # Each engine takes a C++ compiler a quarter of a minute: tests share them.
@@ -62,18 +61,6 @@ class Everything(nn.Module):
         return (*TokenEncoder.sample(batch), x, torch.zeros(batch))
 
 
-def saved(program: Program, engine: Engine, folder: Path) -> artifact.Manifest:
-    artifact.write(
-        folder,
-        engine=engine,
-        backend=BACKEND,
-        signature=program.signature,
-        report=program.report,
-        target=program.target,
-    )
-    return artifact.read(folder)
-
-
 @pytest.fixture(scope="module")
 def network() -> tuple[Program, Engine]:
     torch.manual_seed(0)
@@ -103,69 +90,11 @@ def test_one_engine_for_every_batch(network: tuple[Program, Engine], size: int) 
     assert {layer["precision"] for layer in info["layers"]} == {"floating"}
 
 
-def test_inputs_need_not_be_contiguous_or_free_of_gradients(network: tuple[Program, Engine]) -> None:
-    program, engine = network
-    strided = torch.randn(12, 12, 3, 6).permute(3, 2, 0, 1)[::2]
-    assert not strided.is_contiguous()
-    assert compare(program.run(strided), engine(strided)).within(1e-5)
-    parameter = nn.Parameter(torch.randn(2, 3, 12, 12))
-    (output,) = engine(parameter)
-    assert not output.requires_grad
-    assert compare(program.run(parameter), (output,)).within(1e-5)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ((torch.randn(2, 3, 12, 12).double(),), "input x: expected torch.float32 .*, got torch.float64"),
-        ((torch.randn(2, 3, 12, 13),), re.escape("input x: expected shape [batch, 3, 12, 12], got [2, 3, 12, 13]")),
-        ((torch.randn(2, 3, 12, 12, device="meta"),), "input x: expected it on cpu, got meta"),
-        ((), "expected 1 inputs"),
-    ],
-)
-def test_wrong_inputs_are_named(network: tuple[Program, Engine], inputs: tuple[Tensor, ...], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        network[1](*inputs)
-
-
-def test_threads_share_an_engine(network: tuple[Program, Engine]) -> None:
-    program, engine = network
-    inputs = [torch.randn(size, 3, 12, 12) for size in (1, 2, 3, 4)]
-    expected = [program.run(x) for x in inputs]
-    wrong: list[str] = []
-
-    def work(index: int) -> None:
-        for _ in range(30):
-            difference = compare(expected[index], engine(inputs[index]))
-            if not difference.within(1e-5):
-                wrong.append(str(difference))
-
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
-
-
 def test_tokens_masks_and_sequences(everything: tuple[Program, Engine]) -> None:
     program, engine = everything
     for size in (1, 2, 5):
         inputs = Everything.sample(size)
         assert compare(program.run(*inputs), engine(*inputs)).within(1e-5)
-
-
-def test_results_share_no_memory_with_the_inputs_or_the_engine(everything: tuple[Program, Engine]) -> None:
-    program, engine = everything
-    inputs = Everything.sample(3)
-    before = [tensor.clone() for tensor in inputs]
-    expected = [tensor.clone() for tensor in program.run(*inputs)]
-    for _ in range(2):
-        outputs = engine(*inputs)
-        assert compare(expected, outputs).within(1e-5)
-        for output in outputs:
-            output.copy_(torch.full_like(output, -7))
-        assert all(torch.equal(left, right) for left, right in zip(inputs, before, strict=True))
 
 
 @pytest.mark.slow
@@ -178,7 +107,7 @@ def test_loaded_in_a_new_process_without_a_compiler(
     with torch.no_grad():
         for parameter in program.module.parameters():
             parameter.add_(1)  # which the engine does not see
-    saved(program, engine, tmp_path / "out")
+    saved(program, engine, BACKEND, tmp_path / "out")
     examples = [Everything.sample(size) for size in (1, 4)]
     torch.save([(inputs, engine(*inputs)) for inputs in examples], tmp_path / "expected.pt")
     assert not compare(program.run(*examples[0]), engine(*examples[0])).within(0.01)
@@ -208,7 +137,7 @@ print(loaded(*inputs).keys() == {{*"values mean last steps input part weight row
 def test_a_package_for_another_processor_or_a_damaged_one_is_refused(
     network: tuple[Program, Engine], tmp_path: Path
 ) -> None:
-    manifest = saved(*network, tmp_path / "out")
+    manifest = saved(*network, BACKEND, tmp_path / "out")
     facts = tmp_path / "out" / "engine.json"
     facts.write_text(json.dumps(json.loads(facts.read_text()) | {"instruction_set": "AVX1024"}))
     with pytest.raises(BackendUnavailable, match="the engine is for AVX1024, and this processor has"):
@@ -241,7 +170,7 @@ def test_integers_are_multiplied_as_integers(tmp_path: Path, capfd: pytest.Captu
     for size in (1, 3):
         x = batches[1][:size]
         assert compare(program.run(x), engine(x)).within(0.05)
-    loaded = BACKEND.load(tmp_path / "out", saved(program, engine, tmp_path / "out"))
+    loaded = BACKEND.load(tmp_path / "out", saved(program, engine, BACKEND, tmp_path / "out"))
     assert torch.equal(loaded(batches[1])[0], engine(batches[1])[0])
     assert loaded.info()["layers"] == layers
 
@@ -283,7 +212,7 @@ def test_layers_that_quantize_as_they_run(tmp_path: Path, new_process) -> None: 
     x = torch.randn(3, 7, 8)
     assert compare(program.run(x), engine(x)).within(1e-6)
     assert "simulated by torch" in engine.info()["notes"][0]
-    saved(program, engine, tmp_path / "out")
+    saved(program, engine, BACKEND, tmp_path / "out")
     torch.save((x, engine(x)[0]), tmp_path / "expected.pt")
     source = f"""
 import torch, fxopt

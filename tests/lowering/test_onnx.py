@@ -2,11 +2,9 @@ from __future__ import annotations
 
 import gc
 import re
-import threading
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import onnx
 import onnxoptimizer
 import onnxruntime
@@ -60,11 +58,6 @@ def lowered(model: nn.Module, inputs: object, *, dynamic_batch: bool = True) -> 
 def saved_graph(engine: Engine, folder: Path) -> onnx.ModelProto:
     engine.save(folder)
     return onnx.load_model(folder / MODEL_FILE)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tuple[Program, Engine]:
-    return lowered(Tiny(), torch.randn(2, 8))
 
 
 def test_a_real_network_at_several_batch_sizes() -> None:
@@ -128,34 +121,6 @@ def test_scalars_and_no_elements() -> None:
     assert torch.equal(product, x * 4)
     assert scalar.shape == ()
     assert scalar.item() == 5.0
-
-
-def test_inputs_need_not_be_contiguous_or_free_of_gradients(tiny: tuple[Program, Engine]) -> None:
-    program, engine = tiny
-    strided = torch.randn(8, 6).t()[::2]
-    assert not strided.is_contiguous()
-    assert compare(program.run(strided), engine(strided)).within(1e-6)
-    parameter = nn.Parameter(torch.randn(3, 8))
-    (output,) = engine(parameter)
-    assert not output.requires_grad
-    assert compare(program.run(parameter), (output,)).within(1e-6)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ((torch.randn(2, 8, dtype=torch.float64),), "input x: expected torch.float32 .*, got torch.float64"),
-        ((torch.randn(2, 9),), re.escape("input x: expected shape [batch, 8], got [2, 9]")),
-        ((torch.randn(8),), re.escape("input x: expected shape [batch, 8], got [8]")),
-        ((torch.randn(2, 8, device="meta"),), "input x: expected it on cpu, got meta"),
-        ((np.zeros((2, 8), dtype=np.float32),), "input x: expected a tensor .*, got ndarray"),
-        ((), re.escape("expected 1 inputs (x: float32[batch, 8]), got 0")),
-        ((torch.randn(2, 8), torch.randn(2, 8)), "got 2"),
-    ],
-)
-def test_wrong_inputs_are_named(tiny: tuple[Program, Engine], inputs: tuple[torch.Tensor, ...], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        tiny[1](*inputs)
 
 
 def test_batches_that_differ_are_refused() -> None:
@@ -233,26 +198,6 @@ def test_training_the_program_does_not_change_the_engine(tmp_path: Path) -> None
     assert torch.equal(engine(x)[0], before)
     session = onnxruntime.InferenceSession(saved_graph(engine, tmp_path).SerializeToString())
     assert compare((before,), (torch.from_numpy(session.run(None, {"x": x.numpy()})[0]),)).within(1e-6)
-
-
-def test_threads_share_an_engine(tiny: tuple[Program, Engine]) -> None:
-    program, engine = tiny
-    inputs = [torch.randn(size, 8) for size in (1, 2, 3, 4)]
-    expected = [program.run(x) for x in inputs]
-    wrong: list[str] = []
-
-    def work(index: int) -> None:
-        for _ in range(200):
-            difference = compare(expected[index], engine(inputs[index]))
-            if not difference.within(1e-6):
-                wrong.append(str(difference))
-
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
 
 
 def test_the_optimizer_shortens_the_graph_and_keeps_the_answer() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ from torch import nn
 from torchvision.models import resnet18
 
 import fxopt
-from fxopt import artifact
 from fxopt.backend import Engine
 from fxopt.compare import compare
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable, InputError
@@ -19,6 +17,7 @@ from fxopt.lowering import OpenVinoBackend
 from fxopt.program import Program
 from fxopt.registry import make_backend
 from fxopt.target import Target
+from tests.lowering.engines import saved
 from tests.lowering.networks import Recurrent, TokenEncoder
 
 BACKEND = OpenVinoBackend(num_threads=1)
@@ -42,23 +41,6 @@ def lowered(
 ) -> tuple[Program, Engine]:
     program = fxopt.capture(model.eval(), inputs)
     return program, backend.lower(program, dynamic_batch=dynamic_batch)
-
-
-def saved(program: Program, engine: Engine, folder: Path) -> artifact.Manifest:
-    artifact.write(
-        folder,
-        engine=engine,
-        backend=BACKEND,
-        signature=program.signature,
-        report=program.report,
-        target=program.target,
-    )
-    return artifact.read(folder)
-
-
-@pytest.fixture(scope="module")
-def tiny() -> tuple[Program, Engine]:
-    return lowered(Tiny(), torch.randn(2, 8))
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +77,7 @@ def test_integers_are_multiplied_as_integers(network: nn.Module, tmp_path: Path)
     for size in (1, 3):
         x = batches[1][:size]
         assert compare(program.run(x), engine(x)).within(0.05)
-    manifest = saved(program, engine, tmp_path / "out")
+    manifest = saved(program, engine, BACKEND, tmp_path / "out")
     loaded = BACKEND.load(tmp_path / "out", manifest)
     assert torch.equal(loaded(batches[1])[0], engine(batches[1])[0])
     assert loaded.info()["layers"] == engine.info()["layers"]
@@ -207,92 +189,12 @@ def test_integers_and_flags() -> None:
             engine(torch.full((2, 2), wrong), *inputs[1:])
 
 
-def test_inputs_need_not_be_contiguous_or_free_of_gradients(tiny: tuple[Program, Engine]) -> None:
-    program, engine = tiny
-    strided = torch.randn(8, 6).t()[::2]
-    assert not strided.is_contiguous()
-    assert compare(program.run(strided), engine(strided)).within(1e-6)
-    parameter = nn.Parameter(torch.randn(3, 8))
-    outputs = engine(parameter)
-    assert not any(output.requires_grad for output in outputs)
-    assert compare(program.run(parameter), outputs).within(1e-6)
-
-
-@pytest.mark.parametrize(
-    ("inputs", "message"),
-    [
-        ((torch.randn(2, 8, dtype=torch.float64),), "input x: expected torch.float32 .*, got torch.float64"),
-        ((torch.randn(2, 9),), re.escape("input x: expected shape [batch, 8], got [2, 9]")),
-        ((torch.randn(2, 8, device="meta"),), "input x: expected it on cpu, got meta"),
-        ((torch.randn(0, 8),), "input x: this engine takes a batch of 1 to 2147483647, got 0"),
-        ((), re.escape("expected 1 inputs (x: float32[batch, 8]), got 0")),
-    ],
-)
-def test_wrong_inputs_are_named(tiny: tuple[Program, Engine], inputs: tuple[torch.Tensor, ...], message: str) -> None:
-    with pytest.raises(InputError, match=message):
-        tiny[1](*inputs)
-
-
 def test_a_fixed_batch() -> None:
     program, engine = lowered(Tiny(), torch.randn(2, 8), dynamic_batch=False)
     assert engine.info()["dynamic_batch"] is False
     assert compare(program.run(*program.example_inputs), engine(*program.example_inputs)).within(1e-6)
     with pytest.raises(InputError, match=re.escape("expected shape [2, 8], got [3, 8]")):
         engine(torch.randn(3, 8))
-
-
-def test_results_share_no_memory_with_the_inputs_or_the_engine() -> None:
-    class Shares(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.arange(3000.0))
-
-        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            return self.weight, x, x.relu()
-
-    _, engine = lowered(Shares(), torch.randn(2, 3), dynamic_batch=False)
-    x = torch.randn(2, 3)
-    before = x.clone()
-    expected = [torch.arange(3000.0), before, before.relu()]
-    for _ in range(2):
-        outputs = engine(x)
-        for output, wanted in zip(outputs, expected, strict=True):
-            assert torch.equal(output, wanted)
-            output.fill_(-7)
-        assert torch.equal(x, before)
-
-
-def test_training_the_program_does_not_change_the_engine() -> None:
-    program, engine = lowered(Tiny(), torch.randn(2, 8))
-    x = torch.randn(2, 8)
-    before = engine(x)
-    with torch.no_grad():
-        for parameter in program.module.parameters():
-            parameter.zero_()
-    assert torch.equal(engine(x)[0], before[0])
-    assert before[0].any()
-
-
-@pytest.mark.parametrize("hint", ["latency", "throughput"])
-def test_threads_share_an_engine(hint: str) -> None:
-    backend = OpenVinoBackend(hint=hint, num_threads=2)  # type: ignore[arg-type]
-    program, engine = lowered(Tiny(), torch.randn(2, 8), backend=backend)
-    inputs = [torch.randn(size, 8) for size in (1, 2, 3, 4)]
-    expected = [program.run(x) for x in inputs]
-    wrong: list[str] = []
-
-    def work(index: int) -> None:
-        for _ in range(100):
-            difference = compare(expected[index], engine(inputs[index]))
-            if not difference.within(1e-6):
-                wrong.append(str(difference))
-
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
-    assert wrong == []
 
 
 def test_loaded_in_a_new_process(tmp_path: Path, new_process) -> None:  # type: ignore[no-untyped-def]
@@ -314,7 +216,7 @@ loaded.save({str(tmp_path / "again")!r})
 
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
-    manifest = saved(*lowered(Tiny(), torch.randn(2, 8)), tmp_path / "out")
+    manifest = saved(*lowered(Tiny(), torch.randn(2, 8)), BACKEND, tmp_path / "out")
     (tmp_path / "model.xml").write_text("<net>")
     with pytest.raises(ArtifactError, match="not a readable OpenVINO model: OpenVINO cannot read the model"):
         BACKEND.load(tmp_path, manifest)
