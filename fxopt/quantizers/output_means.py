@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 
 from fxopt.analysis.liveness import unused_after
+from fxopt.progress import progress
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored
 from fxopt.stepwise import StepwiseRun
@@ -58,6 +59,7 @@ def mean_loss(original: Program, program: Program, name: str, weight: Tensor) ->
     total: Any = 0.0
     count = 0
     with (
+        progress(f"comparing what {name} gives", 0) as advance,
         fixed_random_state(),
         torch.no_grad(),
         buffers_restored(original.module),
@@ -72,4 +74,5 @@ def mean_loss(original: Program, program: Program, name: str, weight: Tensor) ->
             lost = (before.values[name] - given).double()
             lost = lost.movedim(outputs, 0).flatten(1)
             total, count = total + lost.sum(1), count + lost.shape[1]
+            advance(1)
     return cast("Tensor", total / count)

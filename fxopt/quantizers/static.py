@@ -28,6 +28,7 @@ from fxopt.errors import InputError, PassError
 from fxopt.held_weight import call_with
 from fxopt.integer_scheme import INT32
 from fxopt.passes_base import Rewrite, Skip, listed
+from fxopt.progress import progress
 from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
 from fxopt.quantizers.base import Quantizer
 from fxopt.quantizers.layers import find_layers
@@ -164,12 +165,13 @@ class StaticQuantizer(Quantizer):
         known = measured(program, _observers)
         if len(self.observers) > 1 and self not in known:
             units, _ = self.candidates(program)
-            ratios = {
-                observer: quantized_sqnr(program, units, replace(self, observers=(observer,))._quantized)
-                for observer in self.observers
-            }
-            best = max(self.observers, key=ratios.__getitem__)
-            known = {**known, self: best}
+            ratios: dict[Observer, float] = {}
+            with progress("choosing ranges", len(self.observers), "ways") as advance:
+                for observer in self.observers:
+                    trial = replace(self, observers=(observer,))
+                    ratios[observer] = quantized_sqnr(program, units, trial._quantized)
+                    advance(1)
+            known = {**known, self: max(self.observers, key=ratios.__getitem__)}
             keep(program, _observers, cast("Mapping[StaticQuantizer, Observer]", known))
         return known[self] if len(self.observers) > 1 else self.observers[0]
 

@@ -67,7 +67,7 @@ def test_a_real_network_at_several_batch_sizes(network: nn.Module) -> None:
 @pytest.mark.slow
 def test_integers_are_multiplied_as_integers(network: nn.Module, tmp_path: Path) -> None:
     batches = [torch.randn(3, 3, 32, 32) for _ in range(2)]
-    passes = ["fold_batch_norm", "quantize(round='nearest', equalize='off', bias_correction=False)"]
+    passes = ["fold_batch_norm", "quantize(round='nearest', observer='minmax', equalize='off', bias_correction=False)"]
     program = fxopt.optimize(network, batches[0][:1], passes, calibration=batches, backend=BACKEND, verify="structure")
     engine = BACKEND.lower(program, dynamic_batch=True)
     kernels = [layer for layer in engine.info()["layers"] if layer["type"] in ("Convolution", "FullyConnected")]
