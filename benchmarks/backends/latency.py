@@ -109,11 +109,11 @@ def _measured(subject: Subject, batch: int, backends: list[str], arguments: argp
         whole = fxopt.optimize(
             subject.model, inputs, ["default"], calibration=subject.calibration, on_no_match="ignore"
         )
-        integers = whole.copy()
-        integers.scheme = make_backend(AUTO).scheme(whole.target)  # weights that fit all of them
+        fitting = whole.copy()
+        fitting.scheme = make_backend(AUTO).scheme(whole.target)  # weights that fit all of them
         for precision, program in (
             ("fp32", whole),
-            ("int8", PassManager([INTEGERS], verify="structure").run(integers)),
+            ("int8", PassManager([INTEGERS], verify="structure").run(fitting)),
         ):
             specs = [_spec(backend, arguments.threads) for backend in backends]
             for backend, spec in zip(backends, specs, strict=True):

@@ -35,8 +35,8 @@ _START = ("simplify", "merge_branches", "prune_channels(ratio=0.2)", "reestimate
 PIPELINES: dict[str, tuple[str, ...]] = {
     "integers": (
         *_START,
-        "substitute_inverted_residual(steps=20)",
-        "substitute_depthwise_separable(max_error=0.2)",
+        "substitute_inverted_residual(steps=0)",
+        "substitute_depthwise_separable(multiplier=1, max_error=0.5, fit='weights')",
         "factorize_low_rank(ratio=0.8)",
         "fold_batch_norm",
         "quantize",
