@@ -30,7 +30,7 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m examples.demo
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto $(TESTS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(TESTS)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

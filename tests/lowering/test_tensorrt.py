@@ -546,6 +546,17 @@ def test_it_answers_like_the_program(
 
 
 @pytest.mark.gpu
+def test_free_axes_on_a_gpu(running: Any) -> None:
+    backend = replace(running, ranges=(("height", 16, 32, 64),))
+    model, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()).eval(), torch.randn(2, 3, 32, 24)
+    engine = fxopt.compile(model, (x,), backend=backend, dynamic_axes={"input": {2: "height"}}).engine
+    for shape in ((1, 3, 16, 24), (3, 3, 64, 24)):
+        given = torch.randn(shape)
+        with torch.no_grad():
+            assert compare((model(given),), answers(engine, (given,))).within(1e-3)
+
+
+@pytest.mark.gpu
 def test_inputs_are_checked_and_need_not_be_contiguous(running: Any) -> None:
     program = program_of(nn.Linear(8, 4), (torch.randn(2, 8),))
     engine = running.lower(program, dynamic_batch=True)
