@@ -179,7 +179,8 @@ def _counted(layers: list[Mapping[str, Any]] | None) -> dict[str, int] | None:
         return None
     found: dict[str, int] = {}
     for layer in layers:
-        found[str(layer["precision"])] = found.get(str(layer["precision"]), 0) + 1
+        precision = str(layer["precision"]) or "untyped"
+        found[precision] = found.get(precision, 0) + 1
     return found
 
 
