@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import fxopt
 from benchmarks.backends.subjects import SUBJECTS, Subject
+from benchmarks.kept import kept
 from benchmarks.results import Table, save, shorten, verdict_data, verdict_lines
 from benchmarks.timing import Timings, interleave
 from fxopt import Program
@@ -48,7 +49,8 @@ def run(arguments: argparse.Namespace) -> bool:
     before = torch.get_num_threads()
     torch.set_num_threads(arguments.threads)
     backends = [name for name in arguments.backends if name in BARE]
-    results: list[Result] = []
+    path = arguments.out / "latency.json"
+    results: list[Result] = kept(path, arguments.networks, wanted=arguments.keep, key="results")
     try:
         with progress("measuring networks", len(arguments.networks) * len(arguments.batches), "runs") as advance:
             for name in arguments.networks:
@@ -56,7 +58,7 @@ def run(arguments: argparse.Namespace) -> bool:
                 for batch in arguments.batches:
                     results.append(_measured(subject, batch, backends, arguments))
                     data = {"bars": verdict_data(verdicts(results)), "results": results}
-                    save(arguments.out / "latency.json", _table(results), data)
+                    save(path, _table(results), data)
                     advance(1)
     finally:
         torch.set_num_threads(before)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import fxopt
 from benchmarks.backends.subjects import SUBJECTS, Subject
+from benchmarks.kept import kept
 from benchmarks.results import Table, save, shorten, verdict_data, verdict_lines
 from fxopt import Program
 from fxopt.backend import Backend
@@ -64,12 +65,13 @@ def run(arguments: argparse.Namespace) -> bool:
     Returns:
         whether every bar is met.
     """
-    rows: list[Row] = []
+    path = arguments.out / "parity.json"
+    rows: list[Row] = kept(path, arguments.networks, wanted=arguments.keep, key="rows")
     with progress("lowering networks", len(arguments.networks), "networks") as advance:
         for name in arguments.networks:
             rows += _rows(SUBJECTS[name](), arguments.backends, arguments.precisions)
             # what takes long must not be lost
-            save(arguments.out / "parity.json", _table(rows), {"bars": verdict_data(verdicts(rows)), "rows": rows})
+            save(path, _table(rows), {"bars": verdict_data(verdicts(rows)), "rows": rows})
             advance(1)
     return all(met for _, met in verdicts(rows))
 
@@ -107,12 +109,12 @@ def _rows(subject: Subject, backends: list[str], precisions: list[str]) -> list[
             subject.model, subject.inputs, ["default"], calibration=subject.calibration, on_no_match="ignore"
         )
         for precision in precisions:
-            programs: dict[Scheme, Program] = {}
+            expected: dict[Scheme, _Expected] = {}
             for backend in made:
                 row = _row(subject.name, precision, backend)
                 rows.append(row)
                 if row["reason"] is None:
-                    _lower(row, base, programs, backend, Path(folder))
+                    _lower(row, base, expected, backend, Path(folder))
                 print({key: value for key, value in row.items() if key != "layers"}, flush=True)
         loaded = _reload(Path(folder))
     for row in rows:
@@ -135,16 +137,27 @@ def _row(network: str, precision: str, backend: Backend) -> Row:
     }
 
 
-def _lower(row: Row, base: Program, programs: dict[Scheme, Program], backend: Backend, folder: Path) -> None:
+class _Expected(NamedTuple):
+    """A program and what it answers, by the inputs: in 16 bits that takes a processor long."""
+
+    program: Program
+    cases: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
+
+    @classmethod
+    def of(cls, base: Program, scheme: Scheme, precision: Precision) -> _Expected:
+        start = base.copy()
+        start.scheme = scheme
+        program = PassManager(precision.passes[1:], verify="structure").run(start) if precision.passes[1:] else start
+        return cls(program, [(inputs, program.run(*inputs)) for inputs in _cases(program)])
+
+
+def _lower(row: Row, base: Program, expected: dict[Scheme, _Expected], backend: Backend, folder: Path) -> None:
     """Fills in a row: what the engine answers, or why there is none."""
-    precision = PRECISIONS[row["precision"]]
     try:
         scheme = backend.scheme(base.target)
-        if scheme not in programs:
-            start = base.copy()
-            start.scheme = scheme
-            programs[scheme] = PassManager(precision.passes[1:]).run(start) if precision.passes[1:] else start
-        program = programs[scheme]
+        if scheme not in expected:
+            expected[scheme] = _Expected.of(base, scheme, PRECISIONS[row["precision"]])
+        program, cases = expected[scheme]
         compiled = fxopt.lower(program, backend=backend, verify="structure")
         engine, info = compiled.engine, compiled.engine.info()
         row["bytes"], row["layers"] = info.get("bytes"), _counted(info.get("layers"))
@@ -153,11 +166,11 @@ def _lower(row: Row, base: Program, programs: dict[Scheme, Program], backend: Ba
         if cannot is not None:
             row["reason"] = f"built, not run: {cannot}"
             return
-        answers = [(inputs, program.run(*inputs), engine(*inputs)) for inputs in _cases(program)]
+        answers = [(inputs, outputs, engine(*inputs)) for inputs, outputs in cases]
     except FxoptError as error:
         row["reason"] = first_line(error)
         return
-    difference = worst(compare(expected, given) for _, expected, given in answers)
+    difference = worst(compare(wanted, given) for _, wanted, given in answers)
     row["reason"] = difference.mismatch or None
     row["relative"] = difference.relative
     row["sqnr_db"] = min(difference.sqnr_db, 300.0)

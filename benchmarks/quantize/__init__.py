@@ -13,9 +13,9 @@ import argparse
 from pathlib import Path
 
 from benchmarks.errors import BenchmarkError
+from benchmarks.kept import kept
 from benchmarks.quantize import aware, equalize, rounding
 from benchmarks.quantize.engines import methods
-from benchmarks.quantize.kept import kept
 from benchmarks.quantize.measure import measure
 from benchmarks.quantize.subjects import SUBJECTS
 from benchmarks.quantize.table import quantize_table, verdicts

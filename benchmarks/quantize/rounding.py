@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import fxopt
-from benchmarks.quantize.kept import kept
+from benchmarks.kept import kept
 from benchmarks.quantize.measure import accuracy_of, fidelity, logits
 from benchmarks.quantize.subjects import SUBJECTS, Subject
 from benchmarks.results import Table, number_text, save, verdict_data, verdict_lines
