@@ -14,29 +14,34 @@ from benchmarks.backends.subjects import SUBJECTS
 from fxopt.registry import make_backend, passes
 
 
-def test_parity_of_a_small_network(tmp_path: Path) -> None:
-    backends = ["eager", "onnx", "openvino", "tensorrt_rtx", "tensorrt"]
-    arguments = argparse.Namespace(networks=["lstm"], backends=backends, precisions=["fp32", "int8"], out=tmp_path)
-    assert parity.run(arguments)
-    rows = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["rows"]
-    assert [(row["precision"], row["backend"]) for row in rows] == [
-        (precision, backend) for precision in ("fp32", "int8") for backend in backends
-    ]
-    for row in rows:
-        reason = make_backend(row["backend"]).unavailable()
-        if reason is not None:
-            assert (row["reason"], row["relative"], row["bytes"]) == (reason, None, None)
-        else:
-            assert row["reloaded"] == 0.0
-            assert row["bytes"] > 0
-            assert (row["relative"] is None) == str(row["reason"]).startswith("built, not run: ")
-    text = (tmp_path / "parity.md").read_text(encoding="utf-8")
-    assert "met: onnx: 2 engines answer like eager; not so: none" in text
-
-
 def row(**values: Any) -> dict[str, Any]:
     plain = {"network": "net", "precision": "fp32", "backend": "onnx", "relative": 1e-6, "reloaded": 0.0, "bytes": 1}
-    return {**plain, **values}
+    return {**plain, "reason": None, "unavailable": None, **values}
+
+
+def test_parity_of_a_small_network(tmp_path: Path) -> None:
+    backends = ["eager", "onnx", "openvino", "tensorrt_rtx", "tensorrt"]
+    older = row(network="older", backend="other", sqnr_db=100.0, layers=None)
+    (tmp_path / "parity.json").write_text(json.dumps({"rows": [row(network="lstm"), older]}), encoding="utf-8")
+    arguments = argparse.Namespace(
+        networks=["lstm"], backends=backends, precisions=["fp32", "int8"], keep=True, out=tmp_path
+    )
+    assert parity.run(arguments)
+    first, *rows = json.loads((tmp_path / "parity.json").read_text(encoding="utf-8"))["rows"]
+    assert first == older
+    assert [(item["precision"], item["backend"]) for item in rows] == [
+        (precision, backend) for precision in ("fp32", "int8") for backend in backends
+    ]
+    for item in rows:
+        reason = make_backend(item["backend"]).unavailable()
+        if reason is not None:
+            assert (item["reason"], item["relative"], item["bytes"]) == (reason, None, None)
+        else:
+            assert item["reloaded"] == 0.0
+            assert item["bytes"] > 0
+            assert (item["relative"] is None) == str(item["reason"]).startswith("built, not run: ")
+    text = (tmp_path / "parity.md").read_text(encoding="utf-8")
+    assert "met: onnx: 2 engines answer like eager; not so: none" in text
 
 
 @pytest.mark.parametrize(
@@ -45,12 +50,20 @@ def row(**values: Any) -> dict[str, Any]:
         ({"relative": 1e-2}, "1 engines answer like eager; not so: ['net-fp32-onnx']"),
         ({"reloaded": 1e-3}, "the same in a new process; not so: ['net-fp32-onnx']"),
         ({"reloaded": "OSError: gone"}, "the same in a new process; not so: ['net-fp32-onnx']"),
+        ({"relative": None, "bytes": None, "reason": "no kernel"}, "refused in 16 bits alone: net-fp32-onnx"),
         ({"relative": None, "reloaded": "OSError: gone"}, "where none can run; not so: ['net-fp32-onnx']"),
     ],
 )
 def test_parity_is_missed(wrong: dict[str, Any], text: str) -> None:
     assert all(met for _, met in parity.verdicts([row()]))
     assert [text in said for said, met in parity.verdicts([row(**wrong)]) if not met] == [True]
+
+
+def test_what_is_not_there_or_not_in_16_bits_misses_nothing() -> None:
+    gone = row(bytes=None, relative=None, reason="no package", unavailable="no package")
+    assert parity.verdicts([gone]) == []
+    refused = row(bytes=None, relative=None, reason="no kernel", precision="bf16")
+    assert parity.verdicts([refused]) == [("onnx: refused in 16 bits alone: net-bf16-onnx", True)]
 
 
 def result(to_bare: float, to_best: float, gain: float) -> dict[str, Any]:
@@ -77,7 +90,7 @@ def test_bars_of_latency(numbers: tuple[float, float, float], met: list[bool]) -
 
 def test_latency_of_a_small_network(tmp_path: Path) -> None:
     arguments = argparse.Namespace(
-        networks=["lstm"], backends=["onnx", "openvino"], batches=[1], rounds=2, threads=1, out=tmp_path
+        networks=["lstm"], backends=["onnx", "openvino"], batches=[1], rounds=2, threads=1, keep=False, out=tmp_path
     )
     latency.run(arguments)
     (found,) = json.loads((tmp_path / "latency.json").read_text(encoding="utf-8"))["results"]

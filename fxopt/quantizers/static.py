@@ -161,7 +161,7 @@ class StaticQuantizer(Quantizer):
         return found.names, found.left
 
     def _observer(self, program: Program) -> Observer:
-        """The way of choosing ranges with which the outputs lose least on the calibration data."""
+        """The way of choosing ranges with which the outputs lose least on calibration data; weights stay."""
         known = measured(program, _observers)
         if len(self.observers) > 1 and self not in known:
             units, _ = self.candidates(program)
@@ -169,11 +169,19 @@ class StaticQuantizer(Quantizer):
             with progress("choosing ranges", len(self.observers), "ways") as advance:
                 for observer in self.observers:
                     trial = replace(self, observers=(observer,))
-                    ratios[observer] = quantized_sqnr(program, units, trial._quantized)
+                    ratios[observer] = quantized_sqnr(program, units, trial._ranged)
                     advance(1)
             known = {**known, self: max(self.observers, key=ratios.__getitem__)}
             keep(program, _observers, cast("Mapping[StaticQuantizer, Observer]", known))
         return known[self] if len(self.observers) > 1 else self.observers[0]
+
+    def _ranged(self, program: Program, units: Units) -> Program:
+        """A copy of a prepared program in which values are quantized and weights are not."""
+        found = program.copy()
+        for decision in self.decisions(program, units):
+            if "layers" not in decision.params:
+                self.apply(found, decision)
+        return found
 
     def _last_layers(self, program: Program) -> set[str]:
         """The layers whose bias makes up for what all others lose on average."""
