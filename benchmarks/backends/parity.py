@@ -168,7 +168,7 @@ def _lower(row: Row, base: Program, expected: dict[Scheme, _Expected], backend: 
             return
         answers = [(inputs, outputs, engine(*inputs)) for inputs, outputs in cases]
     except FxoptError as error:
-        row["reason"] = first_line(error)
+        row |= {"reason": first_line(error), "bytes": None, "layers": None}
         return
     difference = worst(compare(wanted, given) for _, wanted, given in answers)
     row["reason"] = difference.mismatch or None
