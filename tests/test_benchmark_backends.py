@@ -16,7 +16,7 @@ from fxopt.registry import make_backend, passes
 
 def row(**values: Any) -> dict[str, Any]:
     plain = {"network": "net", "precision": "fp32", "backend": "onnx", "relative": 1e-6, "reloaded": 0.0, "bytes": 1}
-    return {**plain, "reason": None, "unavailable": None, **values}
+    return {**plain, "cost": 0.0, "reason": None, "unavailable": None, **values}
 
 
 def test_parity_of_a_small_network(tmp_path: Path) -> None:
@@ -62,6 +62,10 @@ def test_parity_is_missed(wrong: dict[str, Any], text: str) -> None:
 def test_what_is_not_there_or_not_in_16_bits_misses_nothing() -> None:
     gone = row(bytes=None, relative=None, reason="no package", unavailable="no package")
     assert parity.verdicts([gone]) == []
+    rounds = row(precision="bf16", relative=0.07, cost=0.04)
+    assert all(met for _, met in parity.verdicts([rounds]))
+    assert not all(met for _, met in parity.verdicts([rounds | {"cost": 0.03}]))
+    assert not all(met for _, met in parity.verdicts([rounds | {"precision": "fp32"}]))
     refused = row(bytes=None, relative=None, reason="no kernel", precision="bf16")
     assert parity.verdicts([refused]) == [("onnx: refused in 16 bits alone: net-bf16-onnx", True)]
 
