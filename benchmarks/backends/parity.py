@@ -103,7 +103,7 @@ def verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
 def _tolerance(row: Row) -> float:
     """How far an engine may be from eager, both of which are about as far from float32 in 16 bits."""
     precision = PRECISIONS[row["precision"]]
-    return max(precision.tolerance, 2 * (row["cost"] or 0.0)) if precision.half else precision.tolerance
+    return max(precision.tolerance, 2 * (row.get("cost") or 0.0)) if precision.half else precision.tolerance
 
 
 def _rows(subject: Subject, backends: list[str], precisions: list[str]) -> list[Row]:
