@@ -39,7 +39,7 @@ NETWORKS: dict[str, tuple[Callable[[], nn.Module], tuple[torch.Tensor, ...]]] = 
 PRECISIONS: dict[str, tuple[str, Any]] = {
     "float32": ("float32", None),
     "float16": ("float16", CastPrecision(dtype="float16")),
-    "int8": ("int8", Quantize(round="nearest")),
+    "int8": ("int8", Quantize(round="nearest", observer="minmax", equalize="off", bias_correction=False)),
 }
 REFUSED = {("lstm", "float16"): "Error during shape inference"}
 """What TensorRT-RTX itself cannot build."""
