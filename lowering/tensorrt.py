@@ -126,7 +126,6 @@ class _Tensorrt(Backend):
             "backend": self.name,
             "version": str(module.__version__),
             "device": str(device),
-            "dynamic_batch": lowered.dynamic_batch,
             "ranges": {name: list(sizes) for name, sizes in ranges.items()},
             "bytes": len(built.plan),
             "outputs": built.outputs,

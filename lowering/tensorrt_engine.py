@@ -98,7 +98,7 @@ class TensorrtEngine(Engine):
         (directory / PLAN_FILE).write_bytes(self._plan)
 
     def info(self) -> Mapping[str, Any]:
-        return {**self._info, "notes": list(self._info["notes"])}
+        return {**self._info, "dynamic_batch": self.dynamic_batch, "notes": list(self._info["notes"])}
 
     def _why_invalid(self) -> str | None:
         with torch.cuda.device(self._device):

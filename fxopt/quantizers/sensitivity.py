@@ -5,7 +5,7 @@ The noises of layers nearly add up, so that leaving out those that are worst by 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -48,16 +48,18 @@ class LayerLoss(NamedTuple):
         return f"{self.path}: {self.sqnr_db:.1f} dB"
 
 
-def quantized_sqnr(program: Program, units: Units, quantized: Quantized) -> float:
-    """Signal to quantization noise ratio of the outputs once layers are quantized, in decibel.
+def quantized_sqnr(program: Program, units: Units, ways: Iterable[Quantized]) -> Iterator[float]:
+    """Signal to quantization noise ratio of the outputs once layers are quantized, in decibel, for each way.
 
     Args:
         program: in floating point, with calibration data.
         units: the layers.
-        quantized: how they are quantized.
+        ways: how they are quantized.
     """
     batches = _samples(program)
-    return _sqnr(_outputs(program, batches), _outputs(quantized(program, units), batches))
+    expected = _outputs(program, batches)
+    for quantized in ways:
+        yield _sqnr(expected, _outputs(quantized(program, units), batches))
 
 
 def layer_losses(program: Program, units: Units, quantized: Quantized) -> list[LayerLoss]:

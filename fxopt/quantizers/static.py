@@ -162,18 +162,20 @@ class StaticQuantizer(Quantizer):
 
     def _observer(self, program: Program) -> Observer:
         """The way of choosing ranges with which the outputs lose least on calibration data; weights stay."""
+        if len(self.observers) == 1:
+            return self.observers[0]
         known = measured(program, _observers)
-        if len(self.observers) > 1 and self not in known:
+        if self not in known:
             units, _ = self.candidates(program)
-            ratios: dict[Observer, float] = {}
-            with progress("choosing ranges", len(self.observers), "ways") as advance:
-                for observer in self.observers:
-                    trial = replace(self, observers=(observer,))
-                    ratios[observer] = quantized_sqnr(program, units, trial._ranged)
+            trials = [replace(self, observers=(observer,))._ranged for observer in self.observers]
+            ratios = []
+            with progress("choosing ranges", len(trials), "ways") as advance:
+                for ratio in quantized_sqnr(program, units, trials):
+                    ratios.append(ratio)
                     advance(1)
-            known = {**known, self: max(self.observers, key=ratios.__getitem__)}
+            known = {**known, self: self.observers[ratios.index(max(ratios))]}
             keep(program, _observers, cast("Mapping[StaticQuantizer, Observer]", known))
-        return known[self] if len(self.observers) > 1 else self.observers[0]
+        return known[self]
 
     def _ranged(self, program: Program, units: Units) -> Program:
         """A copy of a prepared program in which values are quantized and weights are not."""

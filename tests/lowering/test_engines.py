@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from fxopt.compare import compare
 from fxopt.errors import InputError
 from fxopt.lowering import EagerBackend, InductorBackend, OnnxBackend, OpenVinoBackend
 from fxopt.program import Program
-from tests.lowering.engines import saved
+from tests.lowering.engines import in_threads, saved
 
 BACKENDS = (
     EagerBackend(),
@@ -115,11 +114,7 @@ def test_threads_share_an_engine(lowered: tuple[Backend, Program, Engine]) -> No
             if not difference.within(1e-6):
                 wrong.append(str(difference))
 
-    workers = [threading.Thread(target=work, args=(index,)) for index in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join()
+    in_threads(work, 4)
     assert wrong == []
 
 
