@@ -71,13 +71,15 @@ class OnnxBackend(Backend):
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         self._require_available()
         from fxopt.analysis.shapes import shapes, specs_in
+        from fxopt.lowering.onnx_functions import spell_functions
         from fxopt.lowering.onnx_lower import onnx_of
         from fxopt.lowering.onnx_session import OnnxEngine, choose_providers, open_session
 
         device = tensor_device(program.target)
         providers = choose_providers(self.providers, device)
         self._check_opset()
-        lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=self.optimize, opset=self.opset)
+        spelled = spell_functions(program)
+        lowered = onnx_of(spelled, dynamic_batch=dynamic_batch, optimize=self.optimize, opset=self.opset)
         model, notes = lowered.model, lowered.notes
         started = time.perf_counter()
         try:

@@ -67,7 +67,7 @@ class OpenVinoBackend(Backend):
         return None if importlib.util.find_spec("openvino") else "openvino not installed: pip install openvino"
 
     def scheme(self, target: Target) -> Scheme:
-        return Scheme.of(target).adding("within_places")
+        return Scheme.of(target).adding("within_places")._replace(fewest_terms=0)
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         self._require_available(program.target)

@@ -44,6 +44,14 @@ def fresh_log() -> Iterator[None]:
     warnings.showwarning = show
 
 
+@pytest.fixture(scope="module")
+def integers_everywhere() -> Iterator[None]:
+    """Small convolutions become integers whatever the target: the networks of tests have few others."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("fxopt.integer_scheme._FEWEST_TERMS", 0)
+        yield
+
+
 class NewProcess:
     """Runs Python where nothing of this process is imported, with folders in front of the installed packages."""
 

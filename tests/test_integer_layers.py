@@ -20,6 +20,8 @@ from fxopt import Program
 from fxopt.passes import Quantize
 from fxopt.registry import make_backend
 
+pytestmark = pytest.mark.usefixtures("integers_everywhere")
+
 
 class Part(NamedTuple):
     """What lies between quantized values.

@@ -16,6 +16,8 @@ import fxopt
 from fxopt import Program
 from fxopt.passes import Quantize
 
+pytestmark = pytest.mark.usefixtures("integers_everywhere")
+
 ALONE = Quantize(ignore=("qkv", "out"))
 """Quantizes nothing but products, and the first layer, as a program needs one."""
 
@@ -57,9 +59,10 @@ def batches() -> list[Tensor]:
 
 
 def quantized(model: nn.Module, batches: list[Tensor], pass_: Any) -> Program:
-    return fxopt.optimize(
-        model, (batches[0][:2],), ["fold_batch_norm", pass_], calibration=batches, on_no_match="ignore"
-    )
+    """As for a target on which integers gain something; weights fit this one."""
+    program = fxopt.optimize(model, (batches[0][:2],), ["fold_batch_norm"], calibration=batches, on_no_match="ignore")
+    program.scheme = program.scheme._replace(products=True)
+    return fxopt.PassManager([pass_]).run(program)
 
 
 def sqnr(expected: Tensor, found: Tensor) -> float:
@@ -78,14 +81,7 @@ def test_attention_with_integers(form: str, batches: list[Tensor], tmp_path: Pat
     fresh = torch.randn(8, 9, 12, generator=torch.Generator().manual_seed(9))
     with torch.no_grad():
         assert sqnr(model(fresh), program.module(fresh)) > 30
-    compiled = fxopt.compile(
-        model,
-        (batches[0][:2],),
-        passes=["fold_batch_norm", ALONE],
-        calibration=batches,
-        on_no_match="ignore",
-        dynamic_batch=form != "flags",
-    )
+    compiled = fxopt.lower(program, dynamic_batch=form != "flags")
     with torch.no_grad():
         assert sqnr(program.module(fresh[:2]), compiled(fresh[:2])) > 60
     compiled.save(tmp_path / "engine")
@@ -143,8 +139,24 @@ def test_golden(batches: list[Tensor]) -> None:
 def test_what_is_left_alone(form: str, options: dict[str, Any], why: str, batches: list[Tensor]) -> None:
     program = fxopt.optimize(Attention(form).eval(), (batches[0],), ["fold_batch_norm"], on_no_match="ignore")
     program.calibration = batches
+    program.scheme = program.scheme._replace(products=True)
     (plan,) = fxopt.explain(program, passes=[Quantize(**options)], calibration=batches)
     assert why in [skip.why for skip in plan.skips]
+
+
+@pytest.mark.parametrize(("instructions", "gains"), [("AVX2", False), ("AVX512", False), ("AVX512 VNNI", True)])
+def test_products_stay_where_integers_gain_nothing(instructions: str, gains: bool, batches: list[Tensor]) -> None:
+    program = fxopt.optimize(
+        Attention("plain").eval(),
+        (batches[0],),
+        ["fold_batch_norm", "quantize"],
+        calibration=batches,
+        on_no_match="ignore",
+        target=fxopt.Target(instruction_set=instructions),
+    )
+    why = [skip.why for skip in program.report.passes[-1].skips]
+    assert why == ([] if gains else ["it is no faster with integers on this target"])
+    assert sum(program.op(node) == "quantize" for node in program.nodes) == (3 + 4 * gains)
 
 
 def test_a_product_of_a_constant_is_left_alone(batches: list[Tensor]) -> None:
@@ -165,5 +177,6 @@ def test_products_are_ranked_with_the_layers(batches: list[Tensor]) -> None:
     program = fxopt.optimize(
         Attention("plain").eval(), (batches[0],), ["fold_batch_norm"], calibration=batches, on_no_match="ignore"
     )
+    program.scheme = program.scheme._replace(products=True)
     paths = {item.path for item in Quantize().losses(program)}
     assert paths == {"embed", "qkv", "out", "scaled_dot_product_attention"}

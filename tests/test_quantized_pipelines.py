@@ -14,6 +14,8 @@ from torch import Tensor, nn
 import fxopt
 from fxopt.testing import assert_untouched, model_state
 
+pytestmark = pytest.mark.usefixtures("integers_everywhere")
+
 PIPELINES: dict[str, list[str]] = {
     "pruned": ["prune_channels(ratio=0.25, round_to=4, min_channels=4)", "fold_batch_norm", "quantize"],
     "low rank": ["factorize_low_rank(ratio=0.6, round_to=4)", "fold_batch_norm", "quantize"],

@@ -26,12 +26,15 @@ class Subject(NamedTuple):
     Attributes:
         inputs: an example of two samples.
         calibration: batches of what it is meant to see.
+        integers: how it is quantized for speed. LSTMs have integer kernels in one mode alone. Roundings and ranges cost
+            an engine no time: these are the soonest found.
     """
 
     name: str
     model: nn.Module
     inputs: tuple[Tensor, ...]
     calibration: list[tuple[Tensor, ...]]
+    integers: str = "quantize(round='nearest', observer='minmax')"
 
 
 class Encoder(nn.Module):
@@ -117,7 +120,7 @@ def _encoder() -> Subject:
 def _recurrent() -> Subject:
     torch.manual_seed(0)
     batches = [(torch.randn(8, 50, 40),) for _ in range(4)]
-    return Subject("lstm", Recurrent().eval(), (batches[0][0][:2],), batches)
+    return Subject("lstm", Recurrent().eval(), (batches[0][0][:2],), batches, "quantize(mode='dynamic')")
 
 
 def _library(name: str) -> Callable[[], nn.Module]:

@@ -3,7 +3,9 @@
 Layers with weights begin it: they read integers, and a convolution gives some, behind the activation that its kernel
 takes in. From there on
 
-    joins     (a sum, a concatenation) compute with integers where all that they read is quantized anyway,
+    joins     (a sum, a product, a concatenation) and
+    functions (a sigmoid, a mean over places) compute with integers where all that they read is quantized anyway, and
+              somebody reads integers from them,
     layouts   (a reshape, a maximum over windows, a slice) hand integers on as they are: what they give has the range
               of what they read.
 
@@ -29,7 +31,22 @@ if TYPE_CHECKING:
 
 __all__ = ["Regions", "integer_regions"]
 
-_JOINS = frozenset({"add", "cat"})
+_JOINS = frozenset({"add", "cat", "mul"})
+_FUNCTIONS = frozenset(
+    {
+        "hardsigmoid",
+        "hardswish",
+        "sigmoid",
+        "silu",
+        "mean",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+    }
+)
 _ACTIVATIONS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
 _PRODUCTS = frozenset({"matmul", "bmm"})
 _SPLITS = frozenset({"chunk", "split", "unbind"})
@@ -111,7 +128,7 @@ class _Search:
     def found(self) -> Regions:
         while self._extend():
             pass
-        self._drop_unread_layouts()
+        self._drop_unread()
         produced = {*self._giving.values(), *self._same}
         readers = {}
         for node in self._program.nodes:
@@ -126,7 +143,9 @@ class _Search:
         grown = False
         for node in self._program.nodes:
             op = self._program.op(node)
-            if op in _JOINS and node.name not in self._giving and self._is_join(node):
+            if node.name not in self._giving and (
+                (op in _JOINS and self._is_join(node)) or (op in _FUNCTIONS and self._is_function(node))
+            ):
                 for source in node.all_input_nodes:
                     self._read(source, node)
                 self._give(node)
@@ -153,6 +172,18 @@ class _Search:
         quantized = self._quantized()
         return all(self._is_float(each) and each.name in quantized for each in operands)
 
+    def _is_function(self, node: fx.Node) -> bool:
+        call = self._program.call(node)
+        source = call.arguments.get("input")
+        return (
+            not call.inplace
+            and isinstance(source, fx.Node)
+            and node.all_input_nodes == [source]
+            and self._is_float(node)
+            and self._is_float(source)
+            and source.name in self._quantized()
+        )
+
     def _laid_out(self, node: fx.Node) -> fx.Node | None:
         """Whose numbers a node gives in another layout; None if it computes."""
         op = self._program.op(node)
@@ -168,10 +199,19 @@ class _Search:
         source = self._program.call(layout).arguments.get("input")
         return source if isinstance(source, fx.Node) and self._program.op(source) in _SPLITS else layout
 
-    def _drop_unread_layouts(self) -> None:
-        """A layout whose integers nobody asks for hands on floating numbers."""
+    def _drop_unread(self) -> None:
+        """What computes with integers for nobody computes with floating numbers, and a layout hands those on."""
         for node in reversed(self._program.nodes):
-            if node.name in self._same and not self._readers.get(node.name):
+            op = self._program.op(node)
+            if (
+                node.name in self._giving
+                and op in _JOINS | _FUNCTIONS
+                and not self._readers.get(self._giving[node.name])
+            ):
+                del self._giving[node.name]
+                for operand in node.all_input_nodes:
+                    self._readers[operand.name].discard(node.name)
+            elif node.name in self._same and not self._readers.get(node.name):
                 source = self._same.pop(node.name)
                 reader = self._reads_for(node)
                 if not any(user.name in self._same for user in (reader.users if reader is not node else ())):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
+from math import prod
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -48,6 +49,7 @@ def find_layers(
     *,
     others: str = _NO_KERNEL,
     pads_zeros_only: bool = True,
+    fewest_terms: int = 0,
 ) -> Layers:
     """The layers to quantize, by the weight that they read, and those that are left alone.
 
@@ -57,6 +59,7 @@ def find_layers(
         ignore: patterns of layer paths.
         others: what is said of layers of other kinds, behind the operator's name.
         pads_zeros_only: whether a kernel that pads with anything but zeros is missing.
+        fewest_terms: see `Scheme`.
 
     Raises:
         InputError: if there is none to quantize.
@@ -87,6 +90,8 @@ def find_layers(
             if reason is None and pads_zeros_only:
                 reason = _reason_of_padding(program, layers)
             if reason is None:
+                reason = _reason_of_size(program, layers, fewest_terms)
+            if reason is None:
                 weights.append(layers)
             else:
                 left.append(Skip(node.name, reason))
@@ -116,6 +121,16 @@ def _reason_of_padding(program: Program, layers: Sequence[fx.Node]) -> str | Non
     modes = [getattr(program.module_of(layer), "padding_mode", "zeros") for layer in layers]
     odd = next((mode for mode in modes if mode != "zeros"), None)
     return None if odd is None else f"there is no integer kernel that pads with padding_mode={odd!r}"
+
+
+def _reason_of_size(program: Program, layers: Sequence[fx.Node], fewest: int) -> str | None:
+    """Why a convolution is too small for integers; None if it is not."""
+    layer = program.module_of(layers[0])
+    if not isinstance(layer, nn.Conv1d | nn.Conv2d | nn.Conv3d) or prod(layer.kernel_size) == 1:
+        return None
+    terms, depthwise = layer.weight[0].numel(), 1 < layer.groups == layer.in_channels == layer.out_channels
+    small = terms < fewest and not depthwise
+    return f"it adds up {terms} products, no faster with integers on this target" if small else None
 
 
 def _reason_to_leave_recurrent(program: Program, layers: Sequence[fx.Node], ignore: Sequence[str]) -> str | None:

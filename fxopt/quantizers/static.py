@@ -157,7 +157,7 @@ class StaticQuantizer(Quantizer):
     def _weights(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         if program.calibration is None:
             raise InputError("quantize takes ranges from data: pass calibration=, an iterable of batches")
-        found = find_layers(program, KERNELS, self.ignore)
+        found = find_layers(program, KERNELS, self.ignore, fewest_terms=program.scheme.fewest_terms)
         return found.names, found.left
 
     def _observer(self, program: Program) -> Observer:

@@ -24,7 +24,10 @@ from tests.lowering.networks import Recurrent, TokenEncoder
 
 BACKEND = InductorBackend()
 REASON = BACKEND.unavailable()
-pytestmark = pytest.mark.skipif(REASON is not None, reason=str(REASON))
+pytestmark = [
+    pytest.mark.skipif(REASON is not None, reason=str(REASON)),
+    pytest.mark.usefixtures("integers_everywhere"),
+]
 
 
 class Residual(nn.Module):
@@ -264,16 +267,32 @@ def test_a_batch_that_cannot_be_dynamic_becomes_fixed_with_a_warning() -> None:
         engine(torch.randn(3, 3))
 
 
+@pytest.mark.parametrize("passes", [["default"], ["default", "quantize(round='nearest')"]])
+def test_weights_of_linear_layers_are_frozen_for_integers_alone(passes: list[str]) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 9, 16)
+    model = nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)).eval()
+    program = fxopt.optimize(model, x, passes, calibration=[x], on_no_match="ignore")
+    assert BACKEND._options(program)["freezing"] is (len(passes) == 2)
+    engine = BACKEND.lower(program, dynamic_batch=True)
+    assert compare(program.run(x), engine(x)).within(1e-3 if len(passes) == 1 else 0.02)
+
+
 def test_options() -> None:
     everything = InductorBackend(mode="max-autotune", freezing=False)
     assert str(everything) == "inductor(mode='max-autotune', freezing=False)"
     assert make_backend(str(everything)) == everything
-    assert everything._options() == {
+    program = fxopt.capture(Residual().eval(), torch.randn(2, 3, 12, 12))
+    assert everything._options(program) == {
         "max_autotune": True,
         "coordinate_descent_tuning": True,
         "freezing": False,
         "cpp.dynamic_threads": True,
     }
+    assert BACKEND._options(program)["freezing"] is True
+    assert (
+        InductorBackend(freezing=True)._options(fxopt.capture(nn.Linear(4, 4), torch.randn(2, 4)))["freezing"] is True
+    )
     for options, name in [({"mode": "reduce-overhead"}, "mode"), ({"freezing": "yes"}, "freezing")]:
         with pytest.raises(ValueError, match=name):
             InductorBackend(**options)  # type: ignore[arg-type]

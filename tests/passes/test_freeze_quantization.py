@@ -16,6 +16,8 @@ from fxopt.errors import InputError
 from fxopt.manager import NoMatchWarning
 from fxopt.passes import FreezeQuantization, Quantize
 
+pytestmark = pytest.mark.usefixtures("integers_everywhere")
+
 
 def network() -> nn.Module:
     torch.manual_seed(0)
@@ -129,11 +131,11 @@ def test_what_is_made_of_each(trained: nn.Module, batches: list[tuple[Tensor, Te
     program = fxopt.optimize(trained, (batches[0][0][:2],), ["freeze_quantization"])
     (report,) = program.report.passes
     texts = [rewrite.what for rewrite in report.rewrites]
-    assert sum(text.startswith("uint8 from ") for text in texts) == 7
+    assert sum(text.startswith("uint8 from ") for text in texts) == 8
     assert texts[-5:] == [f"4-bit weights of {path}" for path in (0, 3, 5, 8, 10)]
     kinds = [program.op(node) for node in program.nodes]
     assert not {"fake_quantize", "fake_quantized_weight"} & set(kinds)
-    assert kinds.count("quantize") == kinds.count("dequantize") == 7
+    assert kinds.count("quantize") == kinds.count("dequantize") == 8
     assert kinds.count("quantized_tensor") == 7  # five weights and the biases of two linear layers
     codes = {name: value for name, value in program.module.named_buffers() if name.endswith("codes")}
     assert all(int(value.abs().max()) <= 7 for value in codes.values() if value.dtype == torch.int8)

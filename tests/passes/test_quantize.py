@@ -18,6 +18,8 @@ from fxopt.passes import Quantize
 from fxopt.target import Target
 from fxopt.testing import assert_untouched, model_state
 
+pytestmark = pytest.mark.usefixtures("integers_everywhere")
+
 
 class Block(nn.Module):
     """A residual block, a concatenation of channels that were split, and a classifier."""
@@ -81,7 +83,7 @@ def test_what_is_read_and_given_as_integers(model: nn.Module, batches: list[Tens
     program = quantized(model, batches)
     rewrites = program.report.passes[-1].rewrites
     values = {rewrite.node: rewrite.params for rewrite in rewrites if "affine" in rewrite.params}
-    # the input, behind fused activations, the sum, the parts, what is concatenated, and what the classifier reads
+    # the input, behind fused activations, the sum, the parts, what is concatenated, a function of it, and its mean
     assert list(values) == [
         "x",
         "relu",
@@ -93,6 +95,7 @@ def test_what_is_read_and_given_as_integers(model: nn.Module, batches: list[Tens
         "getitem_1",
         "few",
         "cat",
+        "silu",
         "mean",
     ]
     for one, other in (("relu", "pool"), ("relu6", "getitem"), ("relu6", "getitem_1")):
