@@ -7,19 +7,21 @@
     channels shuffled by two reshapes           Gather: blocks of bytes are copied
     max_pool(relu(x)) = relu(max_pool(x))       in floating point, with integers behind it
 
-What stands between the two factors has 8 bits, from 0 to 1: of x it loses at most x / 510, which is half a step of the
-result. Measured (ONNX Runtime 1.32, AVX2, 200,000 numbers): hardswish takes 93 us so, and 190 in floating point with
-the conversions; a mean 21 and 236. The transpose of shuffled channels it may run with places ahead of channels, byte by
-byte (380 us for 91,000, and 8 as blocks); it does not look through a Gather. Conversions it moves ahead of maxima, for
-which it has no fast kernel on integers with channels first (1.4 ms, and 0.04 in floating point); an activation keeps
-them behind, and is then done by their rounding.
+The second factor has 8 bits, from 0 to the largest that it takes: of x it loses at most x / 510, which is about half a
+step of the result. Measured (ONNX Runtime 1.32, AVX2, 200,000 numbers): hardswish takes 93 us so, and 190 in floating
+point with the conversions; a mean 21 and 236. The transpose of shuffled channels it may run with places ahead of
+channels, byte by byte (380 us for 91,000, and 8 as blocks); it does not look through a Gather. Conversions it moves
+ahead of maxima, for which it has no fast kernel on integers with channels first (1.4 ms, and 0.04 in floating point);
+an activation keeps them behind, and is then done by their rounding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxopt import edit
@@ -34,8 +36,9 @@ if TYPE_CHECKING:
 
 __all__ = ["spell_functions"]
 
-_GATES = Affine.over(UINT8, 0.0, 1.0)
-_PRODUCTS = {"hardswish": "hardsigmoid", "silu": "sigmoid"}
+_GATES: Mapping[str, Callable[[Tensor], Tensor]] = {"hardswish": F.hardsigmoid, "silu": torch.sigmoid}
+"""What each of these products multiplies a number by."""
+
 _WIDTH = 6.0  # over which hardsigmoid rises from 0 to 1
 _MEANS = frozenset({"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 _MAXIMA = frozenset({"max_pool1d", "max_pool2d", "max_pool3d"})
@@ -142,7 +145,7 @@ def _is_spelled(program: Program, node: fx.Node) -> bool:
     op = program.op(node)
     if op == "hardsigmoid":
         return _affine(next(iter(node.users))).zero_point == 0
-    return op in _PRODUCTS or (op in _MEANS and _means_all_places(program, node))
+    return op in _GATES or (op in _MEANS and _means_all_places(program, node))
 
 
 def _means_all_places(program: Program, node: fx.Node) -> bool:
@@ -205,13 +208,14 @@ def _spell_product(program: Program, node: fx.Node) -> None:
     """A function x g(x) as the product of the integers of x and those of g."""
     op = program.op(node)
     source = cast("fx.Node", program.call(node).arguments["input"])
+    _, highest = _affine(source).range
+    affine = Affine.over(UINT8, 0.0, float(_GATES[op](torch.tensor(highest))))
     if op == "hardswish":
-        gate = _shifted(program, node, source)
-        arguments = _GATES._replace(scale=_GATES.scale * _WIDTH).arguments
+        gate, read = _shifted(program, node, source), affine._replace(scale=affine.scale * _WIDTH)
     else:
-        gate, arguments = edit.insert_before(program, node, torch.sigmoid, (source,)), _GATES.arguments
-    codes = edit.insert_before(program, node, quantize, (gate, *arguments))
-    numbers = edit.insert_before(program, node, dequantize, (codes, *_GATES.arguments))
+        gate, read = edit.insert_before(program, node, torch.sigmoid, (source,)), affine
+    codes = edit.insert_before(program, node, quantize, (gate, *read.arguments))
+    numbers = edit.insert_before(program, node, dequantize, (codes, *affine.arguments))
     edit.replace(program, node, torch.mul, (source, numbers))
 
 
@@ -222,7 +226,7 @@ def _shifted(program: Program, anchor: fx.Node, source: fx.Node) -> fx.Node:
 
 
 def _affine(node: fx.Node) -> Affine:
-    """Of a node that quantizes."""
+    """Of a node that quantizes or dequantizes."""
     scale, zero_point, low, high, dtype = cast("tuple[Any, ...]", node.args[1:])
     return Affine(UINT8._replace(dtype=dtype, low=low, high=high), scale, zero_point)
 
