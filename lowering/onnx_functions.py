@@ -39,6 +39,7 @@ __all__ = ["spell_functions"]
 _GATES: Mapping[str, Callable[[Tensor], Tensor]] = {"hardswish": F.hardsigmoid, "silu": torch.sigmoid}
 """What each of these products multiplies a number by."""
 
+_ROUNDING = 1e-6
 _WIDTH = 6.0  # over which hardsigmoid rises from 0 to 1
 _MEANS = frozenset({"mean", "adaptive_avg_pool1d", "adaptive_avg_pool2d", "adaptive_avg_pool3d"})
 _MAXIMA = frozenset({"max_pool1d", "max_pool2d", "max_pool3d"})
@@ -92,11 +93,9 @@ def _shuffle(program: Program, node: fx.Node) -> _Shuffle | None:
         groups = getattr(program.module_of(node), "groups", program.call(node).arguments.get("groups"))
         source = program.call(node).arguments["input"]
     else:
-        steps = [node]
-        for ops in (_RESHAPES, PERMUTES, _RESHAPES):
-            if program.op(steps[-1]) not in ops:
-                return None
-            steps.append(_behind_copies(program, program.call(steps[-1]).arguments["input"]))
+        steps = _reshaped_and_back(program, node)
+        if not steps:
+            return None
         _, swapped, grid, source = steps
         sizes = _shape(program, grid)
         if (
@@ -106,18 +105,28 @@ def _shuffle(program: Program, node: fx.Node) -> _Shuffle | None:
             or sizes[3:] != shape[2:]
         ):
             return None
-        groups, source = sizes[1], program.call(grid).arguments["input"]
+        groups = sizes[1]
     if type(groups) is not int or len(shape) < _FEWEST_AXES or shape[1] % groups != 0:
         return None
     order = torch.arange(shape[1]).reshape(groups, -1).t().flatten().tolist()
     return _Shuffle(node.name, source.name, order)
 
 
-def _behind_copies(program: Program, node: fx.Node) -> fx.Node:
-    """What a node gives again, as it was, or as integers stand for it."""
-    while program.op(node) in _COPIES:
+def _reshaped_and_back(program: Program, node: fx.Node) -> list[fx.Node]:
+    """A reshape, the permutation in front of it, the reshape in front of that, and what it reads; else nothing."""
+    steps: list[fx.Node] = []
+    rounded: set[Any] = set()
+    for ops in (_RESHAPES, PERMUTES, _RESHAPES):
+        while steps and program.op(node) in _COPIES:
+            rounded |= {node.args[1:]} if program.op(node) in ("quantize", "dequantize") else set()
+            node = program.call(node).arguments["input"]
+        if program.op(node) not in ops:
+            return []
+        steps.append(node)
         node = program.call(node).arguments["input"]
-    return node
+    # what integers stand for is rounded to the same ones again
+    known = {node.args[1:]} if program.op(node) == "dequantize" else set()
+    return [*steps, node] if rounded <= known else []
 
 
 def _spell_shuffle(program: Program, shuffle: _Shuffle) -> None:
@@ -138,13 +147,17 @@ def _is_between_integers(program: Program, node: fx.Node) -> bool:
     source, users = program.call(node).arguments.get("input"), list(node.users)
     if not isinstance(source, fx.Node) or program.op(source) != "dequantize":
         return False
-    return len(users) == 1 and program.op(users[0]) == "quantize" and _affine(users[0]).type == UINT8
+    if len(users) != 1 or program.op(users[0]) != "quantize":
+        return False
+    return _affine(source).type == _affine(users[0]).type == UINT8
 
 
 def _is_spelled(program: Program, node: fx.Node) -> bool:
     op = program.op(node)
     if op == "hardsigmoid":
-        return _affine(next(iter(node.users))).zero_point == 0
+        # its integers end where it does
+        affine = _affine(next(iter(node.users)))
+        return affine.zero_point == 0 and affine.range[1] < 1 + _ROUNDING
     return op in _GATES or (op in _MEANS and _means_all_places(program, node))
 
 
@@ -155,7 +168,7 @@ def _means_all_places(program: Program, node: fx.Node) -> bool:
     if len(source) < _FEWEST_AXES:
         return False
     if call.op != "mean":
-        return given[2:] == (1,) * (len(source) - 2)
+        return call.op.endswith(f"{len(source) - 2}d") and given[2:] == (1,) * (len(source) - 2)
     axes = call.arguments.get("dim")
     axes = [axes] if isinstance(axes, int) else axes
     return (
@@ -170,7 +183,8 @@ def _is_maximum(program: Program, node: fx.Node) -> bool:
     if program.op(node) not in _MAXIMA or any(program.op(user) != "quantize" for user in node.users):
         return False
     source = program.call(node).arguments["input"]
-    return program.op(source) == "relu" and len(source.users) == 1
+    alone = len(source.users) == 1 and all(len(before.users) == 1 for before in source.all_input_nodes)
+    return program.op(source) == "relu" and alone
 
 
 def _spell_maximum(program: Program, node: fx.Node) -> None:

@@ -1,7 +1,8 @@
 """An ONNX Runtime session that takes and returns torch tensors without copying them.
 
-Inputs go in by address, outputs come back as tensors over the memory that the runtime allocated for that call: every
-call has outputs of its own. (DLPack for inputs too would cost as much as a whole call of a small model.) Weights are
+On the CPU tensors go in and come back as numpy arrays over the same memory, which is what the runtime does soonest
+(measured: 27 us for a call of one sum, 72 with inputs and outputs by DLPack). On CUDA, and for numbers that numpy does
+not have, inputs are bound by address, and outputs come back by DLPack. Every call has outputs of its own. Weights are
 given to the session as tensors too, so no message of the model's size is ever built.
 """
 
@@ -26,6 +27,9 @@ __all__ = ["OnnxEngine", "choose_providers", "open_session"]
 
 _CPU, _CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 _ERRORS_ONLY = 3
+_NUMBERS = "bool float16 float double int8 int16 int32 int64 uint8 uint16 uint32 uint64"
+_ARRAYS = frozenset(f"tensor({name})" for name in _NUMBERS.split())
+"""What numpy has, and torch takes from it."""
 _SLOW_ON_CPU = ("SkipLayerNormFusion",)
 """What is left out where nothing but the CPU runs a model: its kernel for a sum and the norm behind it takes twice the
 time of both (1.32, AVX2, 64 tokens)."""
@@ -60,6 +64,8 @@ class OnnxEngine(Engine):
         kept = {item.name for item in session.get_inputs()}
         self._feeds = [(spec.name, int(from_torch_dtype(spec.dtype))) if spec.name in kept else None for spec in inputs]
         self._outputs = [item.name for item in session.get_outputs()]
+        types = {item.type for item in (*session.get_inputs(), *session.get_outputs())}
+        self._in_arrays = not self._on_cuda and types <= _ARRAYS
 
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         check_inputs(self.inputs, self._device, inputs)
@@ -67,25 +73,33 @@ class OnnxEngine(Engine):
         if moved:
             inputs = tuple(tensor.cpu() for tensor in inputs)
         try:
-            binding = self._session.io_binding()
-            kind, index = self._place
-            # the binding knows no more than addresses: these are held until it has run
-            held = [tensor.contiguous() for tensor in inputs]
-            for feed, tensor in zip(self._feeds, held, strict=True):
-                if feed is not None:
-                    binding.bind_input(feed[0], kind, index, feed[1], tensor.shape, tensor.data_ptr())
-            for name in self._outputs:
-                binding.bind_output(name, kind, index)
-            if self._on_cuda:
-                # the runtime has a stream of its own: what torch has queued must be finished before it reads
-                torch.cuda.current_stream(self._device).synchronize()
-            self._session.run_with_iobinding(binding)
-            if self._on_cuda:
-                binding.synchronize_outputs()
-            outputs = tuple(from_dlpack(value) for value in binding.get_outputs())
+            outputs = self._run_arrays(inputs) if self._in_arrays else self._run_bound(inputs)
         except Exception as error:  # ONNX Runtime's own exceptions share no base class
             raise BackendError(f"ONNX Runtime failed: {error}") from error
         return tuple(tensor.to(self._device) for tensor in outputs) if moved else outputs
+
+    def _run_arrays(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        pairs = zip(self._feeds, inputs, strict=True)
+        arrays = {feed[0]: tensor.detach().contiguous().numpy() for feed, tensor in pairs if feed is not None}
+        return tuple(map(torch.from_numpy, self._session.run(self._outputs, arrays)))
+
+    def _run_bound(self, inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        binding = self._session.io_binding()
+        kind, index = self._place
+        # the binding knows no more than addresses: these are held until it has run
+        held = [tensor.contiguous() for tensor in inputs]
+        for feed, tensor in zip(self._feeds, held, strict=True):
+            if feed is not None:
+                binding.bind_input(feed[0], kind, index, feed[1], tensor.shape, tensor.data_ptr())
+        for name in self._outputs:
+            binding.bind_output(name, kind, index)
+        if self._on_cuda:
+            # the runtime has a stream of its own: what torch has queued must be finished before it reads
+            torch.cuda.current_stream(self._device).synchronize()
+        self._session.run_with_iobinding(binding)
+        if self._on_cuda:
+            binding.synchronize_outputs()
+        return tuple(from_dlpack(value) for value in binding.get_outputs())
 
     @property
     def device(self) -> torch.device:

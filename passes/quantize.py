@@ -10,8 +10,8 @@ Each mode is described in its file of `fxopt/quantizers/`. Weights are rounded s
 bias takes up what is lost on average.
 
 Fold BatchNorms before; modes "static" and "qat" ask for it. Refused, with the reason: layers without an integer kernel,
-that are ignored, whose weight comes from elsewhere, or that do not compute in float32; and a program in which no layer
-is left.
+that are ignored, whose weight comes from elsewhere, or that do not compute in float32; those that the target computes
+no sooner with integers, as without VNNI a first convolution of few channels; and a program in which no layer is left.
 
 Papers: arXiv:1712.05877 (integer inference), arXiv:2004.09602 (a survey of what works), arXiv:1902.08153 (learned
 steps).

@@ -349,3 +349,18 @@ def test_bounds_that_are_buffers_survive_two_clamps_in_a_row() -> None:
     compiled = fxopt.compile(Clamped().eval(), torch.randn(2, 8), passes=[])
     x = torch.randn(3, 8)
     torch.testing.assert_close(compiled(x), Clamped()(x))
+
+
+def test_numbers_that_numpy_does_not_have_are_bound_by_address() -> None:
+    class Small(nn.Module):
+        def forward(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return (x.float() * 2 + y).to(torch.bfloat16), y.t() + 1
+
+    x, y = torch.randn(3, 4).to(torch.bfloat16), torch.randn(3, 4)
+    program = fxopt.capture(Small(), (x, y))
+    engine: Any = OnnxBackend().lower(program, dynamic_batch=False)
+    assert not engine._in_arrays
+    for given in ((x, y), (x.t().contiguous().t(), y.t().contiguous().t())):
+        for expected, found in zip(Small()(*given), engine(*given), strict=True):
+            assert found.dtype is expected.dtype
+            torch.testing.assert_close(found, expected)
