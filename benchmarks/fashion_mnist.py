@@ -156,8 +156,20 @@ def accuracy(model: nn.Module, test: Images, *, batch: int = 500) -> float:
     return right / len(test)
 
 
-def train(model: nn.Module, data: Images, *, epochs: int, rate: float, seed: int = 0, batch: int = 128) -> None:
-    """Trains in place: SGD with momentum, a one-cycle rate, images flipped and shifted by up to two pixels."""
+def train(
+    model: nn.Module,
+    data: Images,
+    *,
+    epochs: int,
+    rate: float,
+    seed: int = 0,
+    batch: int = 128,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Trains in place: SGD with momentum, a one-cycle rate, images flipped and shifted by up to two pixels.
+
+    With a teacher, whose probabilities are to be met, labels are not looked at (arXiv:1503.02531).
+    """
     generator = torch.Generator().manual_seed(seed)
     steps = epochs * (len(data) // batch)
     optimizer = torch.optim.SGD(model.parameters(), rate, momentum=0.9, weight_decay=5e-4, nesterov=True)
@@ -168,7 +180,11 @@ def train(model: nn.Module, data: Images, *, epochs: int, rate: float, seed: int
         total = 0.0
         for picks in order.split(batch)[: len(data) // batch]:
             pixels = _augmented(data.pixels[picks], generator)
-            loss = F.cross_entropy(model(pixels), data.labels[picks])
+            labels: Tensor = data.labels[picks]
+            if teacher is not None:
+                with torch.no_grad():
+                    labels = teacher(pixels).softmax(1)
+            loss = F.cross_entropy(model(pixels), labels)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import warnings
 from typing import Any
 
@@ -15,9 +16,8 @@ from benchmarks.quantize.trained import TRAINED
 from benchmarks.results import Table, save, verdict_data, verdict_lines
 from fxopt.passes import Quantize
 
-__all__ = ["RATE", "run", "verdicts"]
+__all__ = ["run", "verdicts"]
 
-RATE = 0.005
 RECOVERED = 0.5
 """Of what rounding after training loses, the better of two: what training has to win back."""
 APART = 0.001
@@ -41,7 +41,7 @@ def run(arguments: argparse.Namespace) -> bool:
         model = TRAINED[name]()
         whole = accuracy(model, test)
         for bits in arguments.bits:
-            rows = _rows(model, bits, calibration, data.first(arguments.training), test, arguments.epochs)
+            rows = _rows(model, bits, calibration, data.first(arguments.training), test, arguments)
             results.append({"network": name, "bits": bits, "float": whole, "rows": rows})
             # an epoch takes minutes: what is known is written
             _save(arguments, results)
@@ -68,7 +68,12 @@ def verdicts(results: list[Result]) -> list[tuple[str, bool]]:
 
 
 def _rows(
-    model: nn.Module, bits: int, calibration: list[Tensor], data: Images, test: Images, epochs: int
+    model: nn.Module,
+    bits: int,
+    calibration: list[Tensor],
+    data: Images,
+    test: Images,
+    arguments: argparse.Namespace,
 ) -> dict[str, float]:
     """The accuracy by how it was quantized."""
     example = (calibration[0][:2],)
@@ -81,7 +86,8 @@ def _rows(
 
     rows = {NEAREST: accuracy(quantized(round="nearest"), test), GPTQ: accuracy(quantized(round="gptq"), test)}
     module = quantized(mode="qat").to(memory_format=torch.channels_last)
-    train(module, data, epochs=epochs, rate=RATE)
+    teacher = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    train(module, data, epochs=arguments.epochs, rate=arguments.rate, teacher=teacher)
     rows[TRAINING] = accuracy(module, test)
     engine: Any = fxopt.compile(module, example, passes=["freeze_quantization"], backend="onnx")
     right = [int((engine(x).argmax(1) == y).sum()) for x, y in zip(*_batches(test), strict=True)]
@@ -107,7 +113,8 @@ def _save(arguments: argparse.Namespace, results: list[Result]) -> None:
             *verdict_lines(bars),
             f"{arguments.images} test images; {arguments.calibration} training images to calibrate on",
             f"qat: {arguments.epochs} epoch(s) of {arguments.training} images from what gptq gave, SGD at a rate of "
-            f"{RATE:g}, labels alone; activations of 8 bits; eager, but for the engine",
+            f"{arguments.rate:g}, to the probabilities that the float network gives; activations of 8 bits; eager, but "
+            "for the engine",
             "8 bits are 7 where the processor adds up products in 16 bits",
         ],
     )
