@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 import tempfile
 import warnings
@@ -24,6 +25,7 @@ from fxopt.errors import FxoptError, first_line
 from fxopt.manager import PassManager
 from fxopt.progress import progress
 from fxopt.registry import make_backend
+from fxopt.timing import measure
 
 __all__ = ["run", "verdicts"]
 
@@ -32,6 +34,9 @@ BARE = {"onnx": "bare ONNX Runtime", "openvino": "bare OpenVINO", "inductor": "b
 
 SLOWER = 1.03
 FASTER = 1.5
+TURN = 0.02
+"""Seconds that a turn of the fastest engine takes at least: as in use, an engine finds the caches as it left them."""
+
 AUTO = "auto"
 
 Call = Callable[[], object]
@@ -120,7 +125,7 @@ def _measured(subject: Subject, batch: int, backends: list[str], arguments: argp
                 name = backend if precision == "fp32" else f"{backend} int8"
                 add(name, partial(_ours, program, spec, inputs))
             add(_auto(precision), partial(_ours, program, f"auto(candidates={tuple(specs)!r})", inputs))
-        timings = interleave(calls, rounds=arguments.rounds, warmup=3)
+        timings = interleave(calls, rounds=arguments.rounds, warmup=3, calls=_calls_of_a_turn(calls))
     rows = [_row(name, timings) for name in calls]
     rows += [{"engine": name, "reason": reason} for name, reason in failures.items()]
     bare = [name for name in calls if name in BARE.values()]
@@ -165,6 +170,11 @@ def _ours(program: Program, spec: str, inputs: tuple[Tensor, ...]) -> Call:
         raise FxoptError(reason)
     engine = fxopt.lower(program, backend=backend, dynamic_batch=False).engine
     return lambda: engine(*inputs)
+
+
+def _calls_of_a_turn(calls: dict[str, Call]) -> int:
+    fastest = min(timing.median for timing in measure(calls, rounds=3, warmup=1).values())
+    return max(1, math.ceil(TURN / fastest))
 
 
 def _spec(backend: str, threads: int) -> str:
@@ -220,6 +230,7 @@ def _table(results: list[Result]) -> Table:
     notes = [
         *verdict_lines(verdicts(results)),
         "medians of rounds in which all run; a bar is met if the lower quartile of the ratios meets it",
+        f"a turn is as many calls as take the fastest engine {1e3 * TURN:.0f} ms",
         f"{torch.get_num_threads()} thread(s), batch sizes fixed; int8: default and {' or '.join(modes)}",
     ]
     return Table("Backends against bare runtimes", columns, cells, notes)
