@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8], help="batch sizes (latency)")
     parser.add_argument("--rounds", type=int, default=20, help="of the timing, in turns (latency)")
     parser.add_argument("--threads", type=int, default=1, help="of every engine (latency)")
-    parser.add_argument("--keep", action="store_true", help="keep rows of networks that are not run (parity, latency)")
+    parser.add_argument("--keep", action="store_true", help="keep rows that are not measured now (parity, latency)")
     parser.add_argument("--out", type=Path, default=RESULTS / "backends", help="folder of the results")
 
 

@@ -53,7 +53,8 @@ def run(arguments: argparse.Namespace) -> bool:
     torch.set_num_threads(arguments.threads)
     backends = [name for name in arguments.backends if name in BARE]
     path = arguments.out / "latency.json"
-    results: list[Result] = kept(path, arguments.networks, wanted=arguments.keep, key="results")
+    measured = {"network": arguments.networks, "batch": arguments.batches}
+    results: list[Result] = kept(path, measured, wanted=arguments.keep, key="results")
     try:
         with progress("measuring networks", len(arguments.networks) * len(arguments.batches), "runs") as advance:
             for name in arguments.networks:

@@ -66,7 +66,8 @@ def run(arguments: argparse.Namespace) -> bool:
         whether every bar is met.
     """
     path = arguments.out / "parity.json"
-    rows: list[Row] = kept(path, arguments.networks, wanted=arguments.keep, key="rows")
+    measured = {"network": arguments.networks, "backend": arguments.backends, "precision": arguments.precisions}
+    rows: list[Row] = kept(path, measured, wanted=arguments.keep, key="rows")
     with progress("lowering networks", len(arguments.networks), "networks") as advance:
         for name in arguments.networks:
             rows += _rows(SUBJECTS[name](), arguments.backends, arguments.precisions)

@@ -64,7 +64,7 @@ def _peers(arguments: argparse.Namespace) -> bool:
     if unknown:
         raise BenchmarkError(f"no method {', '.join(unknown)}; there are {', '.join(makers)}")
     chosen = {name: makers[name] for name in arguments.methods}
-    results = kept(arguments.out / "peers.json", arguments.networks, wanted=arguments.keep)
+    results = kept(arguments.out / "peers.json", {"network": arguments.networks}, wanted=arguments.keep)
     with progress("measuring networks", len(arguments.networks), "networks") as advance:
         for name in arguments.networks:
             results.append(measure(SUBJECTS[name](arguments), chosen, rounds=arguments.rounds))

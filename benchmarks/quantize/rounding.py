@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace) -> bool:
         whether every bar is met.
     """
     path = arguments.out / "rounding.json"
-    results: list[Result] = kept(path, arguments.networks, wanted=arguments.keep)
+    results: list[Result] = kept(path, {"network": arguments.networks}, wanted=arguments.keep)
     with progress("rounding networks", len(arguments.networks), "networks") as advance:
         for name in arguments.networks:
             results.append(_measured(SUBJECTS[name](arguments)))
