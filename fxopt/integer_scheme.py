@@ -82,7 +82,6 @@ class Scheme(NamedTuple):
         """
         if target.device != "cpu":
             return cls(INT8, INT8, None)
-        wide = target.adds_products_in_32_bits
-        if wide:
+        if target.adds_products_in_32_bits:
             return cls(UINT8, INT8, None)
         return cls(UINT8, INT8, "across_places", products=False, fewest_terms=_FEWEST_TERMS)

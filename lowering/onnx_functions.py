@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from fxopt import edit
 from fxopt.analysis.redundancy import PERMUTES, permutation
-from fxopt.analysis.shapes import TensorSpec, shapes
+from fxopt.analysis.shapes import shape_of
 from fxopt.integer_scheme import UINT8
 from fxopt.lowering.onnx_nodes import node as _node
 from fxopt.quantization import Affine, dequantize, quantize
@@ -88,7 +88,7 @@ class _Shuffle(NamedTuple):
 
 def _shuffle(program: Program, node: fx.Node) -> _Shuffle | None:
     """The shuffle that a node ends: a call of it, or a reshape, a transpose and a reshape back; None if it is none."""
-    shape = _shape(program, node)
+    shape = shape_of(program, node)
     if program.op(node) == "channel_shuffle":
         groups = getattr(program.module_of(node), "groups", program.call(node).arguments.get("groups"))
         source = program.call(node).arguments["input"]
@@ -97,11 +97,11 @@ def _shuffle(program: Program, node: fx.Node) -> _Shuffle | None:
         if not steps:
             return None
         _, swapped, grid, source = steps
-        sizes = _shape(program, grid)
+        sizes = shape_of(program, grid)
         if (
             len(sizes) != len(shape) + 1
             or permutation(program, swapped, len(sizes)) != (0, 2, 1, *range(3, len(sizes)))
-            or _shape(program, source) != shape
+            or shape_of(program, source) != shape
             or sizes[3:] != shape[2:]
         ):
             return None
@@ -136,12 +136,6 @@ def _spell_shuffle(program: Program, shuffle: _Shuffle) -> None:
     edit.clean(program)
 
 
-def _shape(program: Program, node: fx.Node) -> tuple[int, ...]:
-    """Empty for what is no tensor."""
-    spec = program.analysis(shapes).get(node.name)
-    return tuple(spec.shape) if isinstance(spec, TensorSpec) else ()
-
-
 def _is_between_integers(program: Program, node: fx.Node) -> bool:
     """Whether a node reads nothing but what integers stand for, and is read as integers alone."""
     source, users = program.call(node).arguments.get("input"), list(node.users)
@@ -164,7 +158,7 @@ def _is_spelled(program: Program, node: fx.Node) -> bool:
 def _means_all_places(program: Program, node: fx.Node) -> bool:
     """Whether a node gives the mean of each channel."""
     call = program.call(node)
-    source, given = (_shape(program, item) for item in (call.arguments["input"], node))
+    source, given = (shape_of(program, item) for item in (call.arguments["input"], node))
     if len(source) < _FEWEST_AXES:
         return False
     if call.op != "mean":
@@ -197,7 +191,7 @@ def _spell_maximum(program: Program, node: fx.Node) -> None:
 def _spell_mean(program: Program, node: fx.Node) -> None:
     """The mean as an operator of its own, whose integers lose the axes that the node does."""
     source = cast("fx.Node", program.call(node).arguments["input"])
-    flat = len(_shape(program, node)) < len(_shape(program, source))
+    flat = len(shape_of(program, node)) < len(shape_of(program, source))
     (reader,) = node.users
     found = edit.replace(program, node, _GlobalMean(), (source,))
     if flat:

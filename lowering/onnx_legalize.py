@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 
 from fxopt import edit
-from fxopt.analysis.shapes import TensorSpec, shapes
+from fxopt.analysis.shapes import shape_of
 from fxopt.lowering.onnx_recurrent import InSingle, spell_recurrences
 
 if TYPE_CHECKING:
@@ -57,21 +57,21 @@ def _is_odd_attention(program: Program, node: fx.Node) -> bool:
         return False
     arguments = program.call(node).arguments
     query, mask = arguments["query"], arguments.get("attn_mask")
-    if len(_shape(program, query)) not in _OTHER_RANKS:
+    if len(shape_of(program, query)) not in _OTHER_RANKS:
         return False
     if not all(_leads_alike(program, arguments[name], query) for name in ("key", "value")):
         return False
-    return mask is None or len(_shape(program, mask)) == 2 or _leads_alike(program, mask, query)
+    return mask is None or len(shape_of(program, mask)) == 2 or _leads_alike(program, mask, query)
 
 
 def _leads_alike(program: Program, mask: Any, query: Any) -> bool:
-    return _shape(program, mask)[:-2] == _shape(program, query)[:-2]
+    return shape_of(program, mask)[:-2] == shape_of(program, query)[:-2]
 
 
 def _with_four_axes(program: Program, node: fx.Node) -> None:
     arguments: dict[str, Any] = dict(program.call(node).arguments)
-    query, shape = arguments["query"], _shape(program, arguments["query"])
-    like_query = _shape(program, arguments["value"])[-1] == shape[-1]
+    query, shape = arguments["query"], shape_of(program, arguments["query"])
+    like_query = shape_of(program, arguments["value"])[-1] == shape[-1]
     surplus = len(shape) - _AXES
     names = ["query", "key", "value"]
     if arguments.get("attn_mask") is not None and _leads_alike(program, arguments["attn_mask"], arguments["query"]):
@@ -90,9 +90,3 @@ def _with_four_axes(program: Program, node: fx.Node) -> None:
         edit.insert_after(program, attention, torch.unflatten, (attention, 0, (-1, *shape[1:-3])))
     else:
         edit.insert_after(program, attention, torch.squeeze, (attention, 1))
-
-
-def _shape(program: Program, value: Any) -> tuple[int, ...]:
-    """Empty where it is not known."""
-    spec = program.analysis(shapes).get(value.name) if isinstance(value, fx.Node) else None
-    return tuple(spec.shape) if isinstance(spec, TensorSpec) else ()

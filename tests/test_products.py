@@ -16,8 +16,6 @@ import fxopt
 from fxopt import Program
 from fxopt.passes import Quantize
 
-pytestmark = pytest.mark.usefixtures("integers_everywhere")
-
 ALONE = Quantize(ignore=("qkv", "out"))
 """Quantizes nothing but products, and the first layer, as a program needs one."""
 

@@ -20,7 +20,7 @@ from fxopt.sharing import share_module
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["TensorSpec", "record_shapes", "shapes", "specs_in"]
+__all__ = ["TensorSpec", "record_shapes", "shape_of", "shapes", "specs_in"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ def shapes(program: Program) -> Mapping[str, Any]:
             _log.debug("shapes %s: %s", attempt.__name__, error)
     record_shapes(program)
     return program.analysis(shapes)
+
+
+def shape_of(program: Program, value: Any) -> tuple[int, ...]:
+    """The shape of what a node gives; empty for what is no tensor, or no node."""
+    spec = program.analysis(shapes).get(value.name) if isinstance(value, fx.Node) else None
+    return tuple(spec.shape) if isinstance(spec, TensorSpec) else ()
 
 
 def record_shapes(program: Program) -> tuple[torch.Tensor, ...]:
