@@ -6,9 +6,8 @@ from fxopt.analysis.identities import is_identity
 from fxopt.backend import Backend, Engine
 from fxopt.errors import BackendError
 from fxopt.ops import DROPOUTS, MODE_DEPENDENT
-from fxopt.parity import disagreement
+from fxopt.parity import Expected, disagreement
 from fxopt.program import Program
-from fxopt.verify import Reference
 
 __all__ = ["check_free_axes", "check_parity", "refuse_fake_quantization", "refuse_training"]
 
@@ -69,7 +68,7 @@ def check_parity(program: Program, engine: Engine, backend: Backend) -> None:
     Raises:
         BackendError: if they are further apart than rounding explains.
     """
-    difference = disagreement(program, engine, backend, Reference.of(program))
+    difference = disagreement(program, engine, backend, Expected.of(program))
     if difference is not None:
         raise BackendError(
             f"the {backend.name} engine answers differently from the program: {difference}. "

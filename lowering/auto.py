@@ -18,11 +18,10 @@ import torch
 from fxopt.backend import Backend, Engine, FixedBatchWarning, tensor_device
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable, FxoptError, first_line
 from fxopt.integer_scheme import Scheme
-from fxopt.parity import disagreement
+from fxopt.parity import Expected, disagreement
 from fxopt.progress import progress
 from fxopt.registry import backends, make_backend
 from fxopt.timing import Timing, measure, whole_call
-from fxopt.verify import Reference
 
 if TYPE_CHECKING:
     from fxopt.artifact import Manifest
@@ -87,12 +86,12 @@ class AutoBackend(Backend):
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         trials: list[_Trial] = []
-        reference = Reference.of(program)
+        expected = Expected.of(program)
         chosen = self._backends()
         with progress("lowering to", len(chosen), "backends") as advance:
             for backend in chosen:
                 _log.info("lowering by %s", backend)
-                trials.append(_tried(backend, program, reference, dynamic_batch=dynamic_batch))
+                trials.append(_tried(backend, program, expected, dynamic_batch=dynamic_batch))
                 advance(1)
         trials = _with_free_batch(trials)
         runs = {str(trial.backend): trial.engine for trial in trials if trial.engine is not None}
@@ -180,7 +179,7 @@ def _why_out(backend: Backend, target: Target) -> str | None:
     return reason
 
 
-def _tried(backend: Backend, program: Program, reference: Reference, *, dynamic_batch: bool) -> _Trial:
+def _tried(backend: Backend, program: Program, expected: Expected, *, dynamic_batch: bool) -> _Trial:
     reason = _why_out(backend, program.target)
     if reason is not None:
         return _Trial(backend, None, reason)
@@ -192,7 +191,7 @@ def _tried(backend: Backend, program: Program, reference: Reference, *, dynamic_
         reason = engine.cannot_run()
         if reason is not None:
             return _Trial(backend, None, reason)
-        reason = disagreement(program, engine, backend, reference)
+        reason = disagreement(program, engine, backend, expected)
     except FxoptError as error:
         return _Trial(backend, None, first_line(error))
     return _Trial(backend, engine, None) if reason is None else _Trial(backend, None, f"it answers wrongly: {reason}")

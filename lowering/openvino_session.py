@@ -134,9 +134,11 @@ def read_model(path: Path) -> openvino.Model:
     core = openvino.Core()
     core.set_property({"ENABLE_MMAP": False})
     try:
-        return core.read_model(path)
+        model = core.read_model(path)
     except Exception as error:
         raise BackendError(f"OpenVINO cannot read the model: {_reason(error)}") from error
+    _name_known_shapes(model)
+    return model
 
 
 def compile_model(model: openvino.Model, config: Mapping[str, Any]) -> openvino.CompiledModel:
@@ -151,6 +153,22 @@ def compile_model(model: openvino.Model, config: Mapping[str, Any]) -> openvino.
         return openvino.Core().compile_model(model, _DEVICE, dict(config))
     except Exception as error:
         raise BackendError(f"OpenVINO cannot compile the model: {_reason(error)}") from error
+
+
+def _name_known_shapes(model: openvino.Model) -> None:
+    """States as constants what shapes tensors are reshaped to, where these are known.
+
+    OpenVINO finds the shape of a bias from the shape of what its convolution gives. Where the batch is free it then
+    takes the batch's size from there for other uses too, and a convolution with two readers loses its bias when its
+    integers are fused (seen in 2026.4: class tokens of vision transformers, off by the whole bias).
+    """
+    from openvino import opset13
+
+    for node in model.get_ops():
+        if node.get_type_name() == "Reshape" and node.get_output_partial_shape(0).is_static:
+            shape = list(node.get_output_shape(0))
+            if 0 not in shape:  # where it may stand for "as before"
+                node.input(1).replace_source_output(opset13.constant(shape, dtype="int64").output(0))
 
 
 def _refuse_large_integers(spec: TensorSpec, tensor: torch.Tensor) -> None:

@@ -228,17 +228,31 @@ def test_the_part_aware_quantizes_trains_and_runs(tmp_path: Path, monkeypatch: p
     given = "--part aware --trained resnet14 --images 100 --calibration 64 --training 256".split()
     code = quantize.run(arguments_of(*given, "--out", str(tmp_path)))
     data = json.loads((tmp_path / "aware.json").read_text())
-    (found,) = data["results"]
-    assert (found["network"], found["bits"]) == ("resnet14", 4)
-    assert list(found["rows"]) == [aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE]
+    subjects = [(found["network"], found["bits"], found["scales"]) for found in data["results"]]
+    assert subjects == [("resnet14", 4, "channel"), ("resnet14", 4, "tensor")]
+    for found in data["results"]:
+        assert list(found["rows"]) == [aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE]
     assert code == int(not all(bar["met"] for bar in data["bars"]))
-    assert "| resnet14 | 4 | qat, onnx engine |" in (tmp_path / "aware.md").read_text()
+    text = (tmp_path / "aware.md").read_text()
+    assert "| resnet14 | 4 | tensor | qat, onnx engine |" in text
+    assert "qat of resnet14, 4 bits, a scale for each channel: 1 epoch of 256 images, at a rate of 0.002" in text
+
+
+def test_the_part_aware_keeps_what_it_does_not_measure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(aware, "images", few_images)
+    monkeypatch.setattr(aware, "TRAINED", {"resnet14": untrained})
+    given = "--part aware --keep --trained resnet14 --images 100 --calibration 64 --training 256 --out".split()
+    for scales in ("tensor", "channel"):
+        quantize.run(arguments_of(*given, str(tmp_path), "--scales", scales))
+    data = json.loads((tmp_path / "aware.json").read_text())
+    assert [found["scales"] for found in data["results"]] == ["tensor", "channel"]
 
 
 def test_bars_of_the_part_aware() -> None:
     def bars(nearest: float, gptq: float, trained: float, engine: float) -> list[bool]:
         rows = {aware.NEAREST: nearest, aware.GPTQ: gptq, aware.TRAINING: trained, aware.ENGINE: engine}
-        return [met for _, met in aware.verdicts([{"network": "net", "bits": 4, "float": 0.9, "rows": rows}])]
+        result = {"network": "net", "bits": 4, "scales": "channel", "float": 0.9, "rows": rows}
+        return [met for _, met in aware.verdicts([result])]
 
     assert bars(0.7, 0.8, 0.85, 0.85) == [True, True]
     assert bars(0.7, 0.8, 0.85, 0.849) == [False, True]

@@ -26,6 +26,7 @@ from fxopt.compare import compare, worst
 from fxopt.errors import FxoptError, first_line
 from fxopt.integer_scheme import Scheme
 from fxopt.manager import PassManager
+from fxopt.parity import Expected
 from fxopt.progress import progress
 from fxopt.registry import make_backend
 
@@ -51,8 +52,8 @@ PRECISIONS: Mapping[str, Precision] = {
     "fp32": Precision(("default",), 1e-3),
     "fp16": Precision(("default", "cast_precision(dtype='float16')"), 2e-2, half=True),
     "bf16": Precision(("default", "cast_precision(dtype='bfloat16')"), 6e-2, half=True),
-    # a number between two integers may go to either, which the layers behind amplify
-    "int8": Precision(("default", "quantize"), 2e-1),
+    # or as far off as noise of a fiftieth of the step between integers takes the program: see fxopt/parity.py
+    "int8": Precision(("default", "quantize"), 5e-2),
 }
 _BATCHES = (2, 5)
 
@@ -94,7 +95,7 @@ def verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
             text = f"{backend}: {len(built)} engines built, and loaded in a new process, where none can run"
             found.append((f"{text}; not so: {lost or 'none'}", not lost))
         if ran:
-            wrong = [_name(row) for row in ran if row["relative"] > _tolerance(row)]
+            wrong = [_name(row) for row in ran if row["relative"] > _tolerance(row) and not row.get("as_noise")]
             found.append((f"{backend}: {len(ran)} engines answer like eager; not so: {wrong or 'none'}", not wrong))
             lost = [_name(row) for row in ran if row["reloaded"] != 0.0]
             found.append((f"{backend}: they answer the same in a new process; not so: {lost or 'none'}", not lost))
@@ -116,7 +117,7 @@ def _rows(subject: Subject, backends: list[str], precisions: list[str]) -> list[
             subject.model, subject.inputs, ["default"], calibration=subject.calibration, on_no_match="ignore"
         )
         for precision in precisions:
-            expected: dict[Scheme, _Expected] = {}
+            expected: dict[Scheme, _Answers] = {}
             for backend in made:
                 row = _row(subject.name, precision, backend)
                 rows.append(row)
@@ -137,6 +138,8 @@ def _row(network: str, precision: str, backend: Backend) -> Row:
         "cost": None,
         "relative": None,
         "sqnr_db": None,
+        "noise_db": None,
+        "as_noise": None,
         "reloaded": None,
         "bytes": None,
         "layers": None,
@@ -145,34 +148,36 @@ def _row(network: str, precision: str, backend: Backend) -> Row:
     }
 
 
-class _Expected(NamedTuple):
+class _Answers(NamedTuple):
     """A program and what it answers, by the inputs: in 16 bits that takes a processor long.
 
     Attributes:
         cost: how far that is from what the program in float32 answers.
+        expected: what engines of integers are held to.
     """
 
     program: Program
     cases: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     cost: float
+    expected: Expected | None
 
     @classmethod
-    def of(cls, base: Program, scheme: Scheme, precision: Precision) -> _Expected:
+    def of(cls, base: Program, scheme: Scheme, precision: Precision) -> _Answers:
         start = base.copy()
         start.scheme = scheme
         program = PassManager(precision.passes[1:], verify="structure").run(start) if precision.passes[1:] else start
         cases = [(inputs, program.run(*inputs)) for inputs in _cases(program)]
         cost = worst(compare(base.run(*inputs), outputs) for inputs, outputs in cases).relative
-        return cls(program, cases, cost)
+        return cls(program, cases, cost, Expected.of(program) if "quantized" in program.properties else None)
 
 
-def _lower(row: Row, base: Program, expected: dict[Scheme, _Expected], backend: Backend, folder: Path) -> None:
+def _lower(row: Row, base: Program, expected: dict[Scheme, _Answers], backend: Backend, folder: Path) -> None:
     """Fills in a row: what the engine answers, or why there is none."""
     try:
         scheme = backend.scheme(base.target)
         if scheme not in expected:
-            expected[scheme] = _Expected.of(base, scheme, PRECISIONS[row["precision"]])
-        program, cases, row["cost"] = expected[scheme]
+            expected[scheme] = _Answers.of(base, scheme, PRECISIONS[row["precision"]])
+        program, cases, row["cost"], held = expected[scheme]
         compiled = fxopt.lower(program, backend=backend, verify="structure")
         engine, info = compiled.engine, compiled.engine.info()
         row["bytes"], row["layers"] = info.get("bytes"), _counted(info.get("layers"))
@@ -189,6 +194,8 @@ def _lower(row: Row, base: Program, expected: dict[Scheme, _Expected], backend: 
     row["reason"] = difference.mismatch or None
     row["relative"] = difference.relative
     row["sqnr_db"] = min(difference.sqnr_db, 300.0)
+    if held is not None and held.moved is not None:
+        row["noise_db"], row["as_noise"] = min(held.moved.sqnr_db, 300.0), held.allows(difference, backend)
     inputs, _, outputs = answers[-1]
     kept: dict[str, Tensor] = {f"input{index}": tensor.contiguous() for index, tensor in enumerate(inputs)}
     kept |= {f"output{index}": tensor.contiguous() for index, tensor in enumerate(outputs)}
@@ -230,7 +237,7 @@ def _name(row: Row) -> str:
 
 
 def _table(rows: list[Row]) -> Table:
-    columns = ("network", "precision", "backend", "relative error", "SQNR dB", "new process", "MB", "layers", "why not")
+    columns = ("network", "precision", "backend", "relative error", "SQNR dB", "noise dB", "new process", "MB")
     cells = [
         [
             row["network"],
@@ -238,6 +245,7 @@ def _table(rows: list[Row]) -> Table:
             row["backend"],
             "-" if row["relative"] is None else f"{row['relative']:.1e}",
             "-" if row["sqnr_db"] is None else f"{row['sqnr_db']:.0f}",
+            "-" if row.get("noise_db") is None else f"{row['noise_db']:.0f}",
             "-" if row["reloaded"] is None else "same" if row["reloaded"] == 0.0 else str(row["reloaded"]),
             "-" if row["bytes"] is None else f"{row['bytes'] / 1e6:.1f}",
             ", ".join(f"{count} {name}" for name, count in (row["layers"] or {}).items()) or "-",
@@ -249,8 +257,8 @@ def _table(rows: list[Row]) -> Table:
         *verdict_lines(verdicts(rows)),
         f"relative error: largest difference to the eager program over the largest output, batches of {_BATCHES}; may "
         f"be {', '.join(f'{item.tolerance:g} in {name}' for name, item in PRECISIONS.items())}; in 16 bits twice what "
-        "they cost in eager, where that is more",
+        "they cost in eager, where that is more; in int8 as far off as noise takes the program, by fxopt/parity.py",
         "new process: engines saved, and loaded without the libraries of the models",
         f"torch {torch.__version__}",
     ]
-    return Table("Every backend against eager", columns, cells, notes)
+    return Table("Every backend against eager", (*columns, "layers", "why not"), cells, notes)

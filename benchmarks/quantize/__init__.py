@@ -39,10 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration", type=int, default=512, help="images to calibrate on (aware, equalize)")
     parser.add_argument("--trained", nargs="+", default=list(TRAINED), choices=TRAINED, help="networks (aware)")
     parser.add_argument("--bits", nargs="+", type=int, default=[4], choices=(4, 8), help="of weights (aware)")
+    parser.add_argument(
+        "--scales", nargs="+", default=["channel", "tensor"], choices=("channel", "tensor"), help="of weights (aware)"
+    )
     parser.add_argument("--training", type=int, default=60_000, help="training images of an epoch (aware)")
     parser.add_argument("--epochs", type=int, default=1, help="of training (aware)")
     parser.add_argument("--rate", type=float, default=0.002, help="of training, at its highest (aware)")
-    parser.add_argument("--keep", action="store_true", help="keep results of networks that are not measured now")
+    parser.add_argument("--keep", action="store_true", help="keep results that are not measured now (all but equalize)")
     parser.add_argument("--out", type=Path, default=RESULTS / "quantize", help="folder of the results")
 
 

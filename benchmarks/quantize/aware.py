@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import copy
 import warnings
+from collections.abc import Mapping
+from itertools import product
 from typing import Any
 
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import fxopt
 from benchmarks.fashion_mnist import FOLDER, Images, accuracy, images, train
+from benchmarks.kept import kept
 from benchmarks.quantize.trained import TRAINED
 from benchmarks.results import Table, save, verdict_data, verdict_lines
 from fxopt.passes import Quantize
@@ -36,13 +39,18 @@ def run(arguments: argparse.Namespace) -> bool:
     """
     data, test = images("train", FOLDER), images("t10k", FOLDER).first(arguments.images)
     calibration = list(data.first(arguments.calibration).pixels.split(64))
-    results: list[Result] = []
+    measured = {"network": arguments.trained, "bits": arguments.bits, "scales": arguments.scales}
+    results: list[Result] = kept(arguments.out / "aware.json", measured, wanted=arguments.keep, key="results")
     for name in arguments.trained:
         model = TRAINED[name]()
         whole = accuracy(model, test)
-        for bits in arguments.bits:
-            rows = _rows(model, bits, calibration, data.first(arguments.training), test, arguments)
-            results.append({"network": name, "bits": bits, "float": whole, "rows": rows})
+        for bits, scales in product(arguments.bits, arguments.scales):
+            options = {"weight_bits": bits, "per_channel": scales == "channel"}
+            rows = _rows(model, options, calibration, data.first(arguments.training), test, arguments)
+            training = {"epochs": arguments.epochs, "images": arguments.training, "rate": arguments.rate}
+            results.append(
+                {"network": name, "bits": bits, "scales": scales, "float": whole, "training": training, "rows": rows}
+            )
             # an epoch takes minutes: what is known is written
             _save(arguments, results)
     return all(met for _, met in verdicts(results))
@@ -53,7 +61,7 @@ def verdicts(results: list[Result]) -> list[tuple[str, bool]]:
     found = []
     for result in results:
         rows, whole = result["rows"], result["float"]
-        subject = f"{result['network']}, {result['bits']} bits"
+        subject = _subject(result)
         lost, left = whole - max(rows[NEAREST], rows[GPTQ]), whole - rows[ENGINE]
         found.append(
             (
@@ -69,7 +77,7 @@ def verdicts(results: list[Result]) -> list[tuple[str, bool]]:
 
 def _rows(
     model: nn.Module,
-    bits: int,
+    weights: Mapping[str, Any],
     calibration: list[Tensor],
     data: Images,
     test: Images,
@@ -81,7 +89,7 @@ def _rows(
     def quantized(**options: Any) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            passes = ["default", Quantize(weight_bits=bits, **options)]
+            passes = ["default", Quantize(**weights, **options)]
             return fxopt.optimize(model, example, passes, calibration=calibration).module
 
     rows = {NEAREST: accuracy(quantized(round="nearest"), test), GPTQ: accuracy(quantized(round="gptq"), test)}
@@ -95,6 +103,14 @@ def _rows(
     return rows
 
 
+def _subject(result: Result) -> str:
+    return f"{result['network']}, {result['bits']} bits, a scale for each {result['scales']}"
+
+
+def _training(epochs: int, images: int, rate: float) -> str:
+    return f"{epochs} epoch{'s' if epochs > 1 else ''} of {images} images, at a rate of {rate:g} at its highest"
+
+
 def _batches(test: Images) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
     return test.pixels.split(500), test.labels.split(500)
 
@@ -103,18 +119,18 @@ def _save(arguments: argparse.Namespace, results: list[Result]) -> None:
     bars = verdicts(results)
     table = Table(
         "Weights of few bits after training and in training, on Fashion-MNIST",
-        ["network", "weight bits", "quantized", "accuracy %"],
+        ["network", "weight bits", "a scale for each", "quantized", "accuracy %"],
         [
-            [result["network"], str(result["bits"]), name, f"{100 * share:.2f}"]
+            [result["network"], str(result["bits"]), result["scales"], name, f"{100 * share:.2f}"]
             for result in results
             for name, share in {"not": result["float"], **result["rows"]}.items()
         ],
         [
             *verdict_lines(bars),
             f"{arguments.images} test images; {arguments.calibration} training images to calibrate on",
-            f"qat: {arguments.epochs} epoch(s) of {arguments.training} images from what gptq gave, SGD at a rate of "
-            f"{arguments.rate:g}, to the probabilities that the float network gives; activations of 8 bits; eager, but "
-            "for the engine",
+            "qat: from what gptq gave, by SGD, to the probabilities of the float network; activations of 8 bits; "
+            "eager, but for the engine",
+            *(f"qat of {_subject(result)}: {_training(**result['training'])}" for result in results),
             "8 bits are 7 where the processor adds up products in 16 bits",
         ],
     )

@@ -83,6 +83,30 @@ def test_integers_are_multiplied_as_integers(network: nn.Module, tmp_path: Path)
     assert loaded.info()["layers"] == engine.info()["layers"]
 
 
+class ClassToken(nn.Module):
+    """A patch embedding as vision transformers have it, and a token for each image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        nn.init.normal_(self.patches.bias)
+        self.token = nn.Parameter(torch.randn(1, 1, 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tokens = self.patches(x).flatten(2).transpose(1, 2)
+        return torch.cat([self.token.expand(x.shape[0], -1, -1), tokens], 1)
+
+
+def test_integers_keep_the_bias_where_the_batch_is_read_from_the_input() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 16, 16)
+    program = fxopt.optimize(ClassToken().eval(), x, ["default", "quantize"], calibration=[(x,)], backend=BACKEND)
+    engine = BACKEND.lower(program, dynamic_batch=True)
+    for size in (2, 5):
+        x = torch.randn(size, 3, 16, 16)
+        assert compare(program.run(x), engine(x)).within(1e-2)
+
+
 def test_the_scheme_is_that_of_its_kernels() -> None:
     assert BACKEND.scheme(Target(instruction_set="AVX2")).pairs == "within_places"
     assert BACKEND.scheme(Target(instruction_set="AVX512 VNNI")).pairs is None
