@@ -10,7 +10,7 @@ import torch
 
 from fxopt.analysis.shapes import TensorSpec
 
-__all__ = ["Difference", "compare", "incomparable", "rounding_tolerance", "worst"]
+__all__ = ["Difference", "compare", "compare_each", "incomparable", "rounding_tolerance", "worst"]
 
 _TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 6e-2}
 
@@ -44,14 +44,19 @@ class Difference(NamedTuple):
 
 
 def compare(reference: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> Difference:
-    """The difference of `outputs` from `reference`, tensor by tensor, computed in float64.
+    """The difference of `outputs` from `reference`, the worst of all tensors, computed in float64.
 
     Positions where the reference is not finite must hold the same value in the output.
     """
+    return worst(compare_each(reference, outputs))
+
+
+def compare_each(reference: Sequence[torch.Tensor], outputs: Sequence[torch.Tensor]) -> list[Difference]:
+    """As `compare`, for each tensor of the reference."""
     if len(reference) != len(outputs):
-        return incomparable(f"{len(outputs)} outputs instead of {len(reference)}")
+        return [incomparable(f"{len(outputs)} outputs instead of {len(reference)}")] * max(1, len(reference))
     pairs = enumerate(zip(reference, outputs, strict=True))
-    return worst(_compare(expected, actual, index) for index, (expected, actual) in pairs)
+    return [_compare(expected, actual, index) for index, (expected, actual) in pairs]
 
 
 def worst(differences: Iterable[Difference]) -> Difference:

@@ -66,12 +66,15 @@ def check_parity(program: Program, engine: Engine, backend: Backend) -> None:
     """Compares the engine with the program: example inputs, other sizes of free axes, another batch if it takes that.
 
     Raises:
-        BackendError: if they are further apart than rounding explains.
+        BackendError: if they are further apart than rounding explains, and noise on integers.
     """
-    difference = disagreement(program, engine, backend, Expected.of(program))
+    expected = Expected.of(program)
+    difference = disagreement(program, engine, backend, expected)
     if difference is not None:
+        integers = "Try another backend, or keep layers in float by quantize's min_sqnr_db or ignore. "
         raise BackendError(
             f"the {backend.name} engine answers differently from the program: {difference}. "
+            f"{integers if expected.moved else ''}"
             'verify="structure" compiles it all the same, as is right for a model that draws random numbers; '
             "please report one that does not."
         )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -18,6 +18,7 @@ import torch
 from fxopt.backend import Backend, Engine, FixedBatchWarning, tensor_device
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable, FxoptError, first_line
 from fxopt.integer_scheme import Scheme
+from fxopt.options import check_flag
 from fxopt.parity import Expected, disagreement
 from fxopt.progress import progress
 from fxopt.registry import backends, make_backend
@@ -33,6 +34,7 @@ __all__ = ["AutoBackend"]
 _log = logging.getLogger(__name__)
 
 _KEPT = "kept"
+_WRONG = "it answers wrongly"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +45,7 @@ class AutoBackend(Backend):
         candidates: spec strings of the backends to try, such as ("onnx(num_threads=1)", "openvino"); None: all that are
             registered.
         rounds: of the measurement; in each every engine runs once.
+        verify: whether engines are compared with the program; those that answer wrongly are out.
     """
 
     name: ClassVar[str] = "auto"
@@ -51,6 +54,7 @@ class AutoBackend(Backend):
 
     candidates: tuple[str, ...] | None = None
     rounds: int = 30
+    verify: bool = True
 
     def __post_init__(self) -> None:
         # a spec string may give values of any type
@@ -65,6 +69,7 @@ class AutoBackend(Backend):
             for spec in self.candidates:
                 if make_backend(spec).name == self.name:
                     raise ValueError("auto cannot be a candidate of its own")
+        check_flag("verify", self.verify)
         if type(self.rounds) is not int or self.rounds < 1:
             raise ValueError(f"rounds must be an integer of at least 1, not {self.rounds!r}")
 
@@ -78,6 +83,8 @@ class AutoBackend(Backend):
         """The integers that suit the target, with weights that fit all of its backends."""
         usual = Scheme.of(target)
         found = [backend.scheme(target) for backend in self._backends() if _why_out(backend, target) is None]
+        if len(set(found)) == 1:
+            return found[0]
         pairs = {scheme.pairs for scheme in found if scheme.pairs is not None}
         return usual._replace(
             pairs="either" if len(pairs) > 1 else next(iter(pairs), usual.pairs),
@@ -86,7 +93,7 @@ class AutoBackend(Backend):
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         trials: list[_Trial] = []
-        expected = Expected.of(program)
+        expected = Expected.of(program) if self.verify else None
         chosen = self._backends()
         with progress("lowering to", len(chosen), "backends") as advance:
             for backend in chosen:
@@ -97,13 +104,18 @@ class AutoBackend(Backend):
         runs = {str(trial.backend): trial.engine for trial in trials if trial.engine is not None}
         if not runs:
             reasons = "; ".join(f"{trial.backend}: {trial.reason}" for trial in trials)
-            raise BackendError(f"no backend gives an engine. {reasons}")
+            wrong = any(trial.reason is not None and trial.reason.startswith(_WRONG) for trial in trials)
+            advice = '. verify="structure" takes engines that answer otherwise, as random numbers make them do'
+            raise BackendError(f"no backend gives an engine. {reasons}{advice if wrong else ''}")
         _log.info("measuring %s", ", ".join(runs))
         calls = {name: whole_call(engine, program.example_inputs) for name, engine in runs.items()}
         timings = measure(calls, rounds=self.rounds, warmup=3)
         fastest = min(timings, key=lambda name: timings[name].median)
         table = [_row(trial, timings.get(str(trial.backend))) for trial in trials]
         return _KeptEngine(runs[fastest], fastest, table)
+
+    def unverified(self) -> Backend:
+        return replace(self, verify=False)
 
     def load(self, directory: Path, manifest: Manifest) -> Engine:
         kept, table = manifest.info.get(_KEPT), manifest.info.get("candidates", [])
@@ -179,7 +191,7 @@ def _why_out(backend: Backend, target: Target) -> str | None:
     return reason
 
 
-def _tried(backend: Backend, program: Program, expected: Expected, *, dynamic_batch: bool) -> _Trial:
+def _tried(backend: Backend, program: Program, expected: Expected | None, *, dynamic_batch: bool) -> _Trial:
     reason = _why_out(backend, program.target)
     if reason is not None:
         return _Trial(backend, None, reason)
@@ -191,10 +203,10 @@ def _tried(backend: Backend, program: Program, expected: Expected, *, dynamic_ba
         reason = engine.cannot_run()
         if reason is not None:
             return _Trial(backend, None, reason)
-        reason = disagreement(program, engine, backend, expected)
+        reason = None if expected is None else disagreement(program, engine, backend, expected)
     except FxoptError as error:
         return _Trial(backend, None, first_line(error))
-    return _Trial(backend, engine, None) if reason is None else _Trial(backend, None, f"it answers wrongly: {reason}")
+    return _Trial(backend, engine, None) if reason is None else _Trial(backend, None, f"{_WRONG}: {reason}")
 
 
 def _with_free_batch(trials: list[_Trial]) -> list[_Trial]:

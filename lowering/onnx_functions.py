@@ -102,6 +102,7 @@ def _shuffle(program: Program, node: fx.Node) -> _Shuffle | None:
             len(sizes) != len(shape) + 1
             or permutation(program, swapped, len(sizes)) != (0, 2, 1, *range(3, len(sizes)))
             or shape_of(program, source) != shape
+            or sizes[0] != shape[0]
             or sizes[3:] != shape[2:]
         ):
             return None

@@ -91,10 +91,10 @@ def _bias_of(program: Program, node: fx.Node, held: QuantizedTensor) -> Quantize
     """The bias beside a linear layer's weight as integers; None where it stays as it is."""
     (layer, *others) = node.users
     call = program.call(layer)
-    bias, source = call.arguments.get("bias"), _read(program, layer)
-    if call.op != "linear" or others or source is None or not program.scheme.integer_biases:
+    if call.op != "linear" or others or not program.scheme.integer_biases:
         return None
-    if not isinstance(bias, fx.Node) or not _inside(bias, node) or len(bias.users) != 1:
+    bias, source = call.arguments.get("bias"), _read(program, layer)
+    if source is None or not isinstance(bias, fx.Node) or not _inside(bias, node) or len(bias.users) != 1:
         return None
     return integer_bias(cast("torch.Tensor", program.tensor_of(bias)).detach().double(), held.scale, source)
 

@@ -66,9 +66,9 @@ def test_what_is_not_there_or_not_in_16_bits_misses_nothing() -> None:
     assert all(met for _, met in parity.verdicts([rounds]))
     assert not all(met for _, met in parity.verdicts([rounds | {"cost": 0.03}]))
     assert not all(met for _, met in parity.verdicts([rounds | {"precision": "fp32"}]))
-    integers = row(precision="int8", relative=0.1, as_noise=True)
+    integers = row(precision="int8", relative=0.1, allowed=True)
     assert all(met for _, met in parity.verdicts([integers]))
-    assert not all(met for _, met in parity.verdicts([integers | {"as_noise": False}]))
+    assert not all(met for _, met in parity.verdicts([integers | {"allowed": False}]))
     refused = row(bytes=None, relative=None, reason="no kernel", precision="bf16")
     assert parity.verdicts([refused]) == [("onnx: refused in 16 bits alone: net-bf16-onnx", True)]
 

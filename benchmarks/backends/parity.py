@@ -26,7 +26,7 @@ from fxopt.compare import compare, worst
 from fxopt.errors import FxoptError, first_line
 from fxopt.integer_scheme import Scheme
 from fxopt.manager import PassManager
-from fxopt.parity import Expected
+from fxopt.parity import Expected, disagreement
 from fxopt.progress import progress
 from fxopt.registry import make_backend
 
@@ -36,24 +36,24 @@ BACKENDS = ("eager", "onnx", "openvino", "inductor", "tensorrt_rtx", "tensorrt")
 
 
 class Precision(NamedTuple):
-    """A precision: the passes that make it, and how far an engine may be from the eager program.
+    """A precision: the passes that make it of the optimised program, and how far an engine may be from eager.
 
     Attributes:
-        tolerance: largest difference of an output over the largest output.
+        tolerance: largest difference of an output over the largest output; None: as `compile` has it.
         half: whether it has 16 bits, which not every runtime computes with.
     """
 
     passes: tuple[str, ...]
-    tolerance: float
+    tolerance: float | None
     half: bool = False
 
 
 PRECISIONS: Mapping[str, Precision] = {
-    "fp32": Precision(("default",), 1e-3),
-    "fp16": Precision(("default", "cast_precision(dtype='float16')"), 2e-2, half=True),
-    "bf16": Precision(("default", "cast_precision(dtype='bfloat16')"), 6e-2, half=True),
-    # or as far off as noise of a fiftieth of the step between integers takes the program: see fxopt/parity.py
-    "int8": Precision(("default", "quantize"), 5e-2),
+    "fp32": Precision((), 1e-3),
+    "fp16": Precision(("cast_precision(dtype='float16')",), 2e-2, half=True),
+    "bf16": Precision(("cast_precision(dtype='bfloat16')",), 6e-2, half=True),
+    # held to what noise on integers leaves of the outputs, see fxopt/parity.py
+    "int8": Precision(("quantize",), None),
 }
 _BATCHES = (2, 5)
 
@@ -95,17 +95,20 @@ def verdicts(rows: list[Row]) -> list[tuple[str, bool]]:
             text = f"{backend}: {len(built)} engines built, and loaded in a new process, where none can run"
             found.append((f"{text}; not so: {lost or 'none'}", not lost))
         if ran:
-            wrong = [_name(row) for row in ran if row["relative"] > _tolerance(row) and not row.get("as_noise")]
+            wrong = [_name(row) for row in ran if not _right(row)]
             found.append((f"{backend}: {len(ran)} engines answer like eager; not so: {wrong or 'none'}", not wrong))
             lost = [_name(row) for row in ran if row["reloaded"] != 0.0]
             found.append((f"{backend}: they answer the same in a new process; not so: {lost or 'none'}", not lost))
     return found
 
 
-def _tolerance(row: Row) -> float:
-    """How far an engine may be from eager, both of which are about as far from float32 in 16 bits."""
+def _right(row: Row) -> bool:
+    """Whether an engine is near enough to eager; in 16 bits both are about as far from float32."""
     precision = PRECISIONS[row["precision"]]
-    return max(precision.tolerance, 2 * (row.get("cost") or 0.0)) if precision.half else precision.tolerance
+    if precision.tolerance is None:
+        return bool(row["allowed"])
+    cost = 2 * (row.get("cost") or 0.0) if precision.half else 0.0
+    return bool(row["relative"] <= max(precision.tolerance, cost))
 
 
 def _rows(subject: Subject, backends: list[str], precisions: list[str]) -> list[Row]:
@@ -117,12 +120,12 @@ def _rows(subject: Subject, backends: list[str], precisions: list[str]) -> list[
             subject.model, subject.inputs, ["default"], calibration=subject.calibration, on_no_match="ignore"
         )
         for precision in precisions:
-            expected: dict[Scheme, _Answers] = {}
+            answers_of: dict[Scheme, _Answers] = {}
             for backend in made:
                 row = _row(subject.name, precision, backend)
                 rows.append(row)
                 if row["reason"] is None:
-                    _lower(row, base, expected, backend, Path(folder))
+                    _lower(row, base, answers_of, backend, Path(folder))
                 print({key: value for key, value in row.items() if key != "layers"}, flush=True)
         loaded = _reload(Path(folder))
     for row in rows:
@@ -139,7 +142,7 @@ def _row(network: str, precision: str, backend: Backend) -> Row:
         "relative": None,
         "sqnr_db": None,
         "noise_db": None,
-        "as_noise": None,
+        "allowed": None,
         "reloaded": None,
         "bytes": None,
         "layers": None,
@@ -153,31 +156,31 @@ class _Answers(NamedTuple):
 
     Attributes:
         cost: how far that is from what the program in float32 answers.
-        expected: what engines of integers are held to.
+        expected: what `compile` holds engines to.
     """
 
     program: Program
     cases: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     cost: float
-    expected: Expected | None
+    expected: Expected
 
     @classmethod
     def of(cls, base: Program, scheme: Scheme, precision: Precision) -> _Answers:
         start = base.copy()
         start.scheme = scheme
-        program = PassManager(precision.passes[1:], verify="structure").run(start) if precision.passes[1:] else start
+        program = PassManager(precision.passes, verify="structure").run(start) if precision.passes else start
         cases = [(inputs, program.run(*inputs)) for inputs in _cases(program)]
         cost = worst(compare(base.run(*inputs), outputs) for inputs, outputs in cases).relative
-        return cls(program, cases, cost, Expected.of(program) if "quantized" in program.properties else None)
+        return cls(program, cases, cost, Expected.of(program))
 
 
-def _lower(row: Row, base: Program, expected: dict[Scheme, _Answers], backend: Backend, folder: Path) -> None:
+def _lower(row: Row, base: Program, answers_of: dict[Scheme, _Answers], backend: Backend, folder: Path) -> None:
     """Fills in a row: what the engine answers, or why there is none."""
     try:
         scheme = backend.scheme(base.target)
-        if scheme not in expected:
-            expected[scheme] = _Answers.of(base, scheme, PRECISIONS[row["precision"]])
-        program, cases, row["cost"], held = expected[scheme]
+        if scheme not in answers_of:
+            answers_of[scheme] = _Answers.of(base, scheme, PRECISIONS[row["precision"]])
+        program, cases, row["cost"], held = answers_of[scheme]
         compiled = fxopt.lower(program, backend=backend, verify="structure")
         engine, info = compiled.engine, compiled.engine.info()
         row["bytes"], row["layers"] = info.get("bytes"), _counted(info.get("layers"))
@@ -194,12 +197,13 @@ def _lower(row: Row, base: Program, expected: dict[Scheme, _Answers], backend: B
     row["reason"] = difference.mismatch or None
     row["relative"] = difference.relative
     row["sqnr_db"] = min(difference.sqnr_db, 300.0)
-    if held is not None and held.moved is not None:
-        row["noise_db"], row["as_noise"] = min(held.moved.sqnr_db, 300.0), held.allows(difference, backend)
+    if held.moved:
+        row["noise_db"] = min(worst(moved for case in held.moved for moved in case).sqnr_db, 300.0)
+    row["allowed"] = disagreement(program, engine, backend, held) is None
     inputs, _, outputs = answers[-1]
-    kept: dict[str, Tensor] = {f"input{index}": tensor.contiguous() for index, tensor in enumerate(inputs)}
-    kept |= {f"output{index}": tensor.contiguous() for index, tensor in enumerate(outputs)}
-    save_file(kept, folder / f"{_name(row)}.safetensors")
+    tensors: dict[str, Tensor] = {f"input{index}": tensor.contiguous() for index, tensor in enumerate(inputs)}
+    tensors |= {f"output{index}": tensor.contiguous() for index, tensor in enumerate(outputs)}
+    save_file(tensors, folder / f"{_name(row)}.safetensors")
 
 
 def _cases(program: Program) -> list[tuple[Tensor, ...]]:
@@ -253,11 +257,12 @@ def _table(rows: list[Row]) -> Table:
         ]
         for row in rows
     ]
+    bounds = [f"{item.tolerance:g} in {name}" for name, item in PRECISIONS.items() if item.tolerance is not None]
     notes = [
         *verdict_lines(verdicts(rows)),
         f"relative error: largest difference to the eager program over the largest output, batches of {_BATCHES}; may "
-        f"be {', '.join(f'{item.tolerance:g} in {name}' for name, item in PRECISIONS.items())}; in 16 bits twice what "
-        "they cost in eager, where that is more; in int8 as far off as noise takes the program, by fxopt/parity.py",
+        f"be {', '.join(bounds)}; in 16 bits twice what they cost in eager, where that is more; in int8 what "
+        "fxopt/parity.py allows, by what noise on integers leaves of the outputs",
         "new process: engines saved, and loaded without the libraries of the models",
         f"torch {torch.__version__}",
     ]

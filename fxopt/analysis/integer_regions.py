@@ -166,6 +166,7 @@ class _Search:
         if (
             call.inplace
             or call.arguments.get("alpha", 1) != 1
+            or not isinstance(operands, (list, tuple))
             or not all(isinstance(each, fx.Node) for each in operands)
         ):
             return False

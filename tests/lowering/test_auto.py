@@ -147,6 +147,14 @@ def test_nothing_is_left(x: Tensor) -> None:
         compiled(x, AutoBackend(candidates=("absent",)))
 
 
+def test_engines_that_answer_otherwise_are_kept_if_that_is_wanted(x: Tensor) -> None:
+    backend = AutoBackend(candidates=("wrong",), rounds=1)
+    with pytest.raises(BackendError, match='verify="structure" takes engines that answer otherwise'):
+        compiled(x, backend)
+    found = compiled(x, backend, verify="structure")
+    assert found.engine.info()["kept"] == "wrong"
+
+
 def test_saved_and_loaded(x: Tensor, tmp_path: Path) -> None:
     found = compiled(x, 'auto(candidates=("onnx", "slow"), rounds=2)')
     assert found.engine.info()["kept"] == "onnx"
@@ -183,6 +191,7 @@ def test_a_folder_that_does_not_say_what_was_kept(x: Tensor, tmp_path: Path) -> 
         ({"candidates": ()}, "at least one"),
         ({"candidates": ("auto",)}, "candidate of its own"),
         ({"rounds": 0}, "rounds"),
+        ({"verify": 1}, "verify"),
     ],
 )
 def test_options(options: dict[str, Any], message: str) -> None:
@@ -202,6 +211,8 @@ def test_weights_fit_all() -> None:
     assert AutoBackend(candidates=("eager", "pairs")).scheme(target).pairs == "either"
     assert AutoBackend(candidates=("eager", "absent")).scheme(target).pairs == "across_places"
     assert AutoBackend(candidates=("eager", "pairs")).scheme(wide).pairs is None
+    # what all want is had, whatever most engines want
+    assert AutoBackend(candidates=("openvino",)).scheme(target) == make_backend("openvino").scheme(target)
 
 
 def test_all_that_are_installed_by_default() -> None:

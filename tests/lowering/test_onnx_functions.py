@@ -177,6 +177,8 @@ class Shuffled(nn.Module):
             y = self.shuffle(y)
         elif self.form == "other axes":
             y = y.view(batch, 3, channels // 3, height, width).transpose(1, 3).reshape(y.shape)
+        elif self.form == "across images":
+            y = y.view(1, batch, channels, height, width).transpose(1, 2).reshape(y.shape)
         else:
             y = y.view(batch, 3, channels // 3, height, width).transpose(1, 2).reshape(batch, -1, width, height)
         found: Tensor = self.after(y)
@@ -198,7 +200,7 @@ def test_shuffled_channels_are_gathered(form: str, integers: bool, tmp_path: Pat
         torch.testing.assert_close(engine(x)[0], expected, rtol=0, atol=0.05 if integers else 1e-5)
 
 
-@pytest.mark.parametrize("form", ["other axes", "other sizes"])
+@pytest.mark.parametrize("form", ["other axes", "other sizes", "across images"])
 def test_what_only_looks_like_a_shuffle_stays(form: str) -> None:
     x = batches()[0][:2, :, :, :8]
     program = fxopt.optimize(Shuffled(form).eval(), x, ["default"], on_no_match="ignore")

@@ -211,6 +211,24 @@ def test_a_layout_that_nobody_reads_as_integers_gives_floats(batches: list[Tenso
     assert not program.report.passes[-1].skips
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_parts_that_are_joined_again_unseen(reverse: bool, batches: list[Tensor]) -> None:
+    class Halves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.first, self.second = nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            parts = torch.chunk(self.first(x), 2, 1)
+            out: Tensor = self.second(torch.cat(parts[::-1] if reverse else parts, 1))
+            return out
+
+    model = Halves().eval()
+    with torch.no_grad():
+        assert sqnr(model(batches[0]), quantized(model, batches).module(batches[0])) > 30
+
+
 def test_a_layer_called_twice(batches: list[Tensor]) -> None:
     class Twice(nn.Module):
         def __init__(self) -> None:
