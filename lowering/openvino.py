@@ -83,7 +83,10 @@ class OpenVinoBackend(Backend):
                 model = read_model(Path(folder) / "model.onnx")
                 compiled = compile_model(model, self._config())
             except BackendError as error:
-                raise BackendError(f"{error}. backend='onnx' may run it: ONNX Runtime has other operators") from error
+                advice = "backend='onnx' may run it: ONNX Runtime has other operators"
+                if any(program.op(node) == "quantize" for node in program.nodes):
+                    advice = "backend='onnx' may run it, or ignore= of quantize, which leaves layers in floating point"
+                raise BackendError(f"{error}. {advice}") from error
         seconds = lowered.seconds | {"compile": time.perf_counter() - started}
         inputs = TensorSpec.of_program(program, dynamic_batch=lowered.dynamic_batch)
         notes = [*lowered.notes, *self._notes(program)]

@@ -108,6 +108,8 @@ def leave_out(program: Program, units: list[list[str]], quantized: Quantized, fl
 def _worst(program: Program, units: Units, quantized: Quantized, floor: float) -> list[LayerLoss]:
     batches = _samples(program)
     expected = _outputs(program, batches)
+    if not expected[0].is_floating_point():
+        raise InputError("min_sqnr_db needs an output of floating-point numbers, and the program gives others alone")
     if _sqnr(expected, _outputs(quantized(program, units), batches)) >= floor:
         return []
     ranked = layer_losses(program, units, quantized)
@@ -146,10 +148,11 @@ def _samples(program: Program) -> list[tuple[Tensor, ...]]:
 
 
 def _outputs(program: Program, batches: Sequence[tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-    """The outputs for all batches, one tensor for each output."""
+    """The outputs for all batches, one tensor for each; of classes and the like there is no signal and no noise."""
     with fixed_random_state(), torch.no_grad():
         found = [program.run(*inputs) for inputs in batches]
-    return tuple(torch.cat([each.reshape(-1) for each in parts]) for parts in zip(*found, strict=True))
+    joined = tuple(torch.cat([each.reshape(-1) for each in parts]) for parts in zip(*found, strict=True))
+    return tuple(tensor for tensor in joined if tensor.is_floating_point()) or joined
 
 
 def _sqnr(expected: Sequence[Tensor], found: Sequence[Tensor]) -> float:

@@ -107,6 +107,26 @@ def test_integers_keep_the_bias_where_the_batch_is_read_from_the_input() -> None
         assert compare(program.run(x), engine(x)).within(1e-2)
 
 
+def test_integers_that_it_does_not_compile_may_be_left_in_floating_point() -> None:
+    class Head(ClassToken):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(16, 8)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(super().forward(x))
+
+    torch.manual_seed(0)
+    x, model = torch.randn(2, 3, 16, 16), Head().eval()
+    with pytest.raises(BackendError, match="or ignore= of quantize, which leaves layers in floating point"):
+        fxopt.compile(model, (x,), passes=["default", "quantize"], calibration=[(x,)], backend=BACKEND)
+    engine = fxopt.compile(
+        model, (x,), passes=["default", "quantize(ignore=('head',))"], calibration=[(x,)], backend=BACKEND
+    )
+    with torch.no_grad():
+        assert compare([model(x)], [engine(x)]).sqnr_db > 30
+
+
 def test_the_scheme_is_that_of_its_kernels() -> None:
     assert BACKEND.scheme(Target(instruction_set="AVX2")).pairs == "within_places"
     assert BACKEND.scheme(Target(instruction_set="AVX512 VNNI")).pairs is None

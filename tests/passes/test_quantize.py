@@ -312,6 +312,25 @@ def test_the_worst_layers_stay_as_they_are_until_the_floor_holds(model: nn.Modul
         quantized(model, batches, weight_bits=4, min_sqnr_db=90)
 
 
+class WithClass(nn.Module):
+    def __init__(self, model: nn.Module, *, scores: bool) -> None:
+        super().__init__()
+        self.model, self.scores = model, scores
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        y = self.model(x)
+        return (y, y.argmax(1)) if self.scores else (y.argmax(1),)
+
+
+def test_a_floor_is_of_floating_outputs(model: nn.Module, batches: list[Tensor]) -> None:
+    plain = quantized(model, batches, weight_bits=4, min_sqnr_db=18)
+    both = quantized(WithClass(model, scores=True).eval(), batches, weight_bits=4, min_sqnr_db=18)
+    left, right = ([skip.node for skip in each.report.passes[-1].skips] for each in (plain, both))
+    assert [f"model.{name}" for name in left] == right
+    with pytest.raises(InputError, match="min_sqnr_db needs an output of floating-point numbers"):
+        quantized(WithClass(model, scores=False).eval(), batches, min_sqnr_db=18)
+
+
 def test_outputs_keep_their_mean(model: nn.Module, batches: list[Tensor]) -> None:
     def lost(program: Program) -> float:
         seen = torch.cat(batches)
