@@ -156,13 +156,13 @@ class _Answers(NamedTuple):
 
     Attributes:
         cost: how far that is from what the program in float32 answers.
-        expected: what `compile` holds engines to.
+        expected: what `compile` holds engines to; None where the precision has a tolerance of its own.
     """
 
     program: Program
     cases: list[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]
     cost: float
-    expected: Expected
+    expected: Expected | None
 
     @classmethod
     def of(cls, base: Program, scheme: Scheme, precision: Precision) -> _Answers:
@@ -171,7 +171,7 @@ class _Answers(NamedTuple):
         program = PassManager(precision.passes, verify="structure").run(start) if precision.passes else start
         cases = [(inputs, program.run(*inputs)) for inputs in _cases(program)]
         cost = worst(compare(base.run(*inputs), outputs) for inputs, outputs in cases).relative
-        return cls(program, cases, cost, Expected.of(program))
+        return cls(program, cases, cost, Expected.of(program) if precision.tolerance is None else None)
 
 
 def _lower(row: Row, base: Program, answers_of: dict[Scheme, _Answers], backend: Backend, folder: Path) -> None:
@@ -197,9 +197,9 @@ def _lower(row: Row, base: Program, answers_of: dict[Scheme, _Answers], backend:
     row["reason"] = difference.mismatch or None
     row["relative"] = difference.relative
     row["sqnr_db"] = min(difference.sqnr_db, 300.0)
-    if held.moved:
+    if held is not None:
         row["noise_db"] = min(worst(moved for case in held.moved for moved in case).sqnr_db, 300.0)
-    row["allowed"] = disagreement(program, engine, backend, held) is None
+        row["allowed"] = disagreement(program, engine, backend, held) is None
     inputs, _, outputs = answers[-1]
     tensors: dict[str, Tensor] = {f"input{index}": tensor.contiguous() for index, tensor in enumerate(inputs)}
     tensors |= {f"output{index}": tensor.contiguous() for index, tensor in enumerate(outputs)}
