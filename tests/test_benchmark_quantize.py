@@ -257,8 +257,8 @@ def test_bars_of_the_part_aware() -> None:
     assert bars(0.7, 0.8, 0.85, 0.85) == [True, True]
     assert bars(0.7, 0.8, 0.85, 0.849) == [False, True]
     assert bars(0.7, 0.8, 0.9, 0.8989) == [True, False]
-    assert bars(0.8, 0.9, 0.899, 0.899) == [True, True]
-    assert bars(0.8, 0.9, 0.8989, 0.8989) == [False, True]
+    assert bars(0.8, 0.9, 0.899, 0.899) == [False, True]
+    assert bars(0.8, 0.9, 0.9, 0.9) == [True, True]
 
 
 def test_unequal_channels_change_no_answer() -> None:
