@@ -232,6 +232,7 @@ def test_the_part_aware_quantizes_trains_and_runs(tmp_path: Path, monkeypatch: p
     assert subjects == [("resnet14", 4, "channel"), ("resnet14", 4, "tensor")]
     for found in data["results"]:
         assert list(found["rows"]) == [aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE]
+        assert all(row["divergence"] >= 0 and row["accuracy"] <= 1 for row in found["rows"].values())
     assert code == int(not all(bar["met"] for bar in data["bars"]))
     text = (tmp_path / "aware.md").read_text()
     assert "| resnet14 | 4 | tensor | qat, onnx engine |" in text
@@ -249,16 +250,21 @@ def test_the_part_aware_keeps_what_it_does_not_measure(tmp_path: Path, monkeypat
 
 
 def test_bars_of_the_part_aware() -> None:
-    def bars(nearest: float, gptq: float, trained: float, engine: float) -> list[bool]:
-        rows = {aware.NEAREST: nearest, aware.GPTQ: gptq, aware.TRAINING: trained, aware.ENGINE: engine}
+    def bars(accuracy: tuple[float, ...], divergence: tuple[float, ...] = (0.2, 0.1, 0.01, 0.01)) -> list[bool]:
+        names = (aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE)
+        found = zip(names, accuracy, divergence, strict=True)
+        rows = {name: {"accuracy": right, "divergence": apart} for name, right, apart in found}
         result = {"network": "net", "bits": 4, "scales": "channel", "float": 0.9, "rows": rows}
         return [met for _, met in aware.verdicts([result])]
 
-    assert bars(0.7, 0.8, 0.85, 0.85) == [True, True]
-    assert bars(0.7, 0.8, 0.85, 0.849) == [False, True]
-    assert bars(0.7, 0.8, 0.9, 0.8989) == [True, False]
-    assert bars(0.8, 0.9, 0.899, 0.899) == [False, True]
-    assert bars(0.8, 0.9, 0.9, 0.9) == [True, True]
+    assert bars((0.7, 0.8, 0.85, 0.85)) == [True, True, True]
+    assert bars((0.7, 0.8, 0.85, 0.849)) == [False, True, True]
+    assert bars((0.7, 0.8, 0.9, 0.8989)) == [True, True, False]
+    assert bars((0.8, 0.9, 0.899, 0.899)) == [False, True, True]
+    assert bars((0.8, 0.9, 0.9, 0.9)) == [True, True, True]
+    assert bars((0.8, 0.9, 0.9, 0.9), (0.2, 0.1, 0.05, 0.05)) == [True, True, True]
+    assert bars((0.8, 0.9, 0.9, 0.9), (0.2, 0.1, 0.05, 0.06)) == [True, False, True]
+    assert bars((0.8, 0.9, 0.9, 0.9), (0.1, 0.2, 0.05, 0.06)) == [True, False, True]
 
 
 def test_unequal_channels_change_no_answer() -> None:
