@@ -169,7 +169,7 @@ def _save(arguments: argparse.Namespace, results: list[Result]) -> None:
             "qat: from what gptq gave, by SGD, to the probabilities of the float network; activations of 8 bits; "
             "eager, but for the engine",
             *(f"qat of {_subject(result)}: {_training(**result['training'])}" for result in results),
-            "divergence: of the probabilities from those of the float network (Kullback-Leibler), the mean of the images",
+            "divergence (Kullback-Leibler) of the probabilities from those of the float network, the mean of images",
             "8 bits are 7 where the processor adds up products in 16 bits",
         ],
     )
