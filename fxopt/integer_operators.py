@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["DYNAMIC_LINEAR", "DYNAMIC_LSTM"]
+__all__ = ["DYNAMIC_GRU", "DYNAMIC_LINEAR", "DYNAMIC_LSTM"]
 
 _HIGHEST = 255.0
 
@@ -121,8 +121,60 @@ def _(value: Tensor, hidden: Tensor, cell: Tensor, codes: Tensor, *_: Any) -> tu
     return value.new_empty((*value.shape[:2], width)), torch.empty_like(hidden), torch.empty_like(cell)
 
 
+@torch.library.custom_op("fxopt::dynamic_gru", mutates_args=())
+def _dynamic_gru(
+    value: Tensor,
+    hidden: Tensor,
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    recurrent_codes: Tensor,
+    recurrent_scale: Tensor,
+    recurrent_bias: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """One layer of a GRU, forward or in both directions. Gates in torch's order: reset, update, new.
+
+    What is read is quantized as a whole, and the state at every step.
+
+    Args:
+        value: float32[steps, batch, inputs].
+        hidden: at the beginning, float32[directions, batch, n].
+        codes: int8[directions, inputs, 3 n].
+        scale: float32[directions, 3 n].
+        bias: float32[directions, 3 n].
+        recurrent_codes: int8[directions, n, 3 n].
+        recurrent_scale: float32[directions, 3 n].
+        recurrent_bias: float32[directions, 3 n].
+
+    Returns:
+        What it gives, float32[steps, batch, directions * n], and the states at the end.
+    """
+    outputs, hiddens = [], []
+    for direction in range(len(codes)):
+        read = _product(value, codes[direction], scale[direction]) + bias[direction]
+        h = hidden[direction]
+        steps: list[Any] = list(read.unbind(0))
+        for step in range(len(steps)) if direction == 0 else reversed(range(len(steps))):
+            mine = _product(h, recurrent_codes[direction], recurrent_scale[direction]) + recurrent_bias[direction]
+            (reset, update, new), (to_reset, to_update, known) = steps[step].chunk(3, 1), mine.chunk(3, 1)
+            new = (new + (reset + to_reset).sigmoid() * known).tanh()
+            h = new + (update + to_update).sigmoid() * (h - new)
+            steps[step] = h
+        outputs.append(torch.stack(steps))
+        hiddens.append(h)
+    return torch.cat(outputs, 2), torch.stack(hiddens)
+
+
+@_dynamic_gru.register_fake
+def _(value: Tensor, hidden: Tensor, codes: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return value.new_empty((*value.shape[:2], len(codes) * hidden.shape[2])), torch.empty_like(hidden)
+
+
 DYNAMIC_LINEAR: Any = torch.ops.fxopt.dynamic_linear.default
 """`dynamic_linear(value, codes, scale, bias)`"""
 
 DYNAMIC_LSTM: Any = torch.ops.fxopt.dynamic_lstm.default
 """`dynamic_lstm(value, hidden, cell, codes, scale, recurrent_codes, recurrent_scale, bias)`"""
+
+DYNAMIC_GRU: Any = torch.ops.fxopt.dynamic_gru.default
+"""`dynamic_gru(value, hidden, codes, scale, bias, recurrent_codes, recurrent_scale, recurrent_bias)`"""

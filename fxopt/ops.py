@@ -17,7 +17,7 @@ from torch import fx, nn
 
 from fxopt.operator_table import OPERATORS, Operator
 
-__all__ = ["DROPOUTS", "HELD", "MODE_DEPENDENT", "Call", "cast", "is_known_module", "operators", "resolve"]
+__all__ = ["DROPOUTS", "DYNAMIC", "HELD", "MODE_DEPENDENT", "Call", "cast", "is_known_module", "operators", "resolve"]
 
 DROPOUTS = frozenset({"dropout", "dropout1d", "dropout2d", "dropout3d", "alpha_dropout", "drop_path"})
 """Operators that draw random zeros in training and hand their input on otherwise."""
@@ -28,6 +28,9 @@ MODE_DEPENDENT = DROPOUTS | {"batch_norm", "instance_norm", "lstm", "gru", "rnn"
 HELD = frozenset({"codebook_weight", "fake_quantized_weight", "packed_weight", "quantized_tensor"})
 """Operators that give a tensor of the model's which is, or will be, held in fewer bits: to compute it ahead would undo
 that."""
+
+DYNAMIC = frozenset({"dynamic_gru", "dynamic_linear", "dynamic_lstm"})
+"""Layers that quantize what they read as they run."""
 
 
 def cast(input: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:  # noqa: A002 (the operator's name for it)

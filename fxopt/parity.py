@@ -15,6 +15,7 @@ from torch import fx
 
 from fxopt.compare import Difference, compare_each
 from fxopt.edit import insert_before, set_operand
+from fxopt.ops import DYNAMIC
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored
 from fxopt.verify import Reference, seeded_run
@@ -149,7 +150,7 @@ def _with_noise(program: Program) -> Program | None:
 def _noise(program: Program, node: fx.Node) -> float:
     """How much is put on what a node reads, as a share of the step between two integers."""
     call = program.call(node)
-    if call.op in ("quantize", "dynamic_linear", "dynamic_lstm"):
+    if call.op == "quantize" or call.op in DYNAMIC:
         return _NOISE
     weight = call.arguments.get("weight")
     packed = call.op == "linear" and isinstance(weight, fx.Node) and program.op(weight) == "packed_weight"

@@ -30,6 +30,7 @@ from fxopt.backend import Backend, Engine, FixedBatchWarning, TensorSpec, tensor
 from fxopt.errors import BackendUnavailable
 from fxopt.integer_scheme import Scheme
 from fxopt.masking import without_masks
+from fxopt.ops import DYNAMIC
 from fxopt.options import check_choice, check_flag
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ class InductorBackend(Backend):
                 notes.append(f"{_SIMULATED}: torchao, which has the patterns, is not installed: pip install torchao")
             elif self.freezing is False:
                 notes.append(f"{_SIMULATED}: freezing is off")
-        if ops & {"dynamic_linear", "dynamic_lstm"}:
+        if ops & DYNAMIC:
             notes.append(
                 "layers that are quantized dynamically are simulated by torch, which is slower than floating point: "
                 "backend='onnx' has integer kernels for them"

@@ -20,6 +20,7 @@ from fxopt.errors import BackendError
 from fxopt.free_axes import BATCH, resized
 from fxopt.lowering.onnx_integers import PACKED_OPSET, four_bit_tensors, in_four_bits, spell_integers
 from fxopt.lowering.onnx_legalize import legalize
+from fxopt.lowering.onnx_loops import spell_loops
 from fxopt.lowering.onnx_model import OnnxModel
 from fxopt.lowering.torch_export import quiet
 from fxopt.masking import without_masks
@@ -179,6 +180,7 @@ def _export(program: Program, free: Mapping[tuple[int, int], str], held: _Held) 
         # seen where its optimizer joins two Clips: it forgets to register the bounds. ONNX Runtime optimizes too.
         _log.debug("the exporter's optimizer lost %s; exported without it", ", ".join(_lost(model)))
         model = exported(optimize=False)
+    spell_loops(model)
     found = model.opset_imports.get("")
     if held.opset is not None and found != held.opset:
         raise BackendError(f"the exporter gave opset {found} in place of {held.opset}")

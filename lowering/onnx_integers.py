@@ -10,9 +10,9 @@ does not fuse a product of matrices with a Relu between it and the next.
 Integers of 4 bits are packed by ONNX as by us. The exporter has no type for them: it is told of bytes, and the type is
 put right behind it (`in_four_bits`).
 
-Layers that quantize what they read as they run (`fxopt/dynamic_linear.py`, `fxopt/dynamic_lstm.py`):
+Layers that quantize what they read as they run (`fxopt/dynamic_linear.py`, `fxopt/dynamic_recurrent.py`):
 DynamicQuantizeLinear and MatMulInteger, of which ONNX Runtime makes one DynamicQuantizeMatMul. For an LSTM it has an
-operator of its own, which is no part of ONNX.
+operator of its own, which is no part of ONNX; for a GRU it has none (`lowering/onnx_loops.py`).
 
 All of it is said by modules that take the place of ours in a copy of the program, and whose nodes torch's exporter
 takes over as they are. To run, they are of no use.
@@ -20,7 +20,7 @@ takes over as they are. To run, they are of no use.
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -29,7 +29,8 @@ from torch import Tensor, fx
 from fxopt import edit
 from fxopt.analysis.shapes import shapes
 from fxopt.dynamic_linear import DynamicLinear
-from fxopt.dynamic_lstm import DynamicLSTM
+from fxopt.dynamic_recurrent import DynamicGRU, DynamicLSTM, GRULayer
+from fxopt.lowering.onnx_loops import gru_steps
 from fxopt.lowering.onnx_nodes import node as _node
 from fxopt.lowering.onnx_nodes import nodes as _nodes
 from fxopt.packed_weight import PackedWeight
@@ -68,6 +69,8 @@ def spell_integers(program: Program, *, dequantize: bool = False) -> Program:
             edit.set_module(spelled, node, _Linear(module.codes, module.scale, module.bias))
         elif isinstance(module, DynamicLSTM):
             edit.set_module(spelled, node, _LSTM(module))
+        elif isinstance(module, DynamicGRU):
+            edit.set_module(spelled, node, _GRU([module.layer(i) for i in range(module.layers)], module.batch_first))
         elif isinstance(module, PackedWeight):
             flat = {
                 layer.name
@@ -155,15 +158,7 @@ class _Linear(DynamicLinear):
     """A linear layer that quantizes what it reads."""
 
     def forward(self, input: Tensor) -> Tensor:  # noqa: A002 (the name that torch gives it)
-        read, scale, zero_point = _nodes(
-            "DynamicQuantizeLinear",
-            [input],
-            (torch.uint8, torch.float32, torch.uint8),
-            (input.shape, (), ()),
-        )
-        sizes = (*input.shape[:-1], self.codes.shape[1])
-        sums = _node("MatMulInteger", [read, self.codes, zero_point], torch.int32, sizes)
-        found = sums.float() * (scale * self.scale)
+        found = _product(input, self.codes, self.scale)
         return found if self.bias is None else found + self.bias
 
 
@@ -178,22 +173,54 @@ class _LSTM(DynamicLSTM):
             self.register_buffer(f"both_{index}", torch.cat([layer.bias.detach(), torch.zeros_like(layer.bias)], 1))
             self.register_buffer(f"zero_{index}", torch.zeros_like(layer.scale, dtype=torch.int8))
 
-    def run(self, index: int, value: Tensor, hidden: Tensor, cell: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def run(self, index: int, value: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         layer = self.layer(index)
         both, zero = self.get_buffer(f"both_{index}"), self.get_buffer(f"zero_{index}")
         steps, batch, _ = value.shape
-        directions, states = layer.recurrent_codes.shape[:2]
-        given, hidden, cell = _nodes(
+        directions, size = layer.recurrent_codes.shape[:2]
+        given, *last = _nodes(
             "com.microsoft::DynamicQuantizeLSTM",
             [
-                *(value, layer.codes, layer.recurrent_codes, both, None, hidden, cell, None),
+                *(value, layer.codes, layer.recurrent_codes, both, None, *states, None),
                 *(layer.scale, zero, layer.recurrent_scale, zero),
             ],
             (torch.float32,) * 3,
-            ((steps, directions, batch, states), (directions, batch, states), (directions, batch, states)),
-            {"hidden_size": states, "direction": "forward" if directions == 1 else "bidirectional"},
+            ((steps, directions, batch, size), (directions, batch, size), (directions, batch, size)),
+            {"hidden_size": size, "direction": "forward" if directions == 1 else "bidirectional"},
         )
-        return given.transpose(1, 2).flatten(2), hidden, cell
+        return given.transpose(1, 2).flatten(2), *last
 
 
-_OURS = (DynamicLinear, DynamicLSTM, PackedWeight)
+class _GRU(DynamicGRU):
+    """A GRU that quantizes what it reads."""
+
+    def __init__(self, layers: Sequence[GRULayer], batch_first: bool) -> None:
+        super().__init__(layers, batch_first=batch_first)
+        # to the bodies of loops constants come by name: a part of a tensor would be none
+        for index, layer in enumerate(layers):
+            for name, tensor in layer._asdict().items():
+                for direction, part in enumerate(tensor.detach()):
+                    self.register_buffer(f"{name}_{index}_{direction}", part.clone())
+
+    def run(self, index: int, value: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        (hidden,) = states
+        given, last = [], []
+        for direction in range(len(self.layer(index).codes)):
+            layer = GRULayer(*(self.get_buffer(f"{name}_{index}_{direction}") for name in GRULayer._fields))
+            read = _product(value, layer.codes, layer.scale) + layer.bias
+            recurrent = layer.recurrent_codes, layer.recurrent_scale, layer.recurrent_bias
+            outputs, end = gru_steps(read, hidden[direction], *recurrent, backwards=direction == 1)
+            given.append(outputs)
+            last.append(end)
+        return torch.cat(given, 2), torch.stack(last)
+
+
+def _product(value: Tensor, codes: Tensor, scale: Tensor) -> Tensor:
+    """Of a value that is quantized on the way and integers, [..., inputs] and [inputs, outputs]."""
+    types, sizes = (torch.uint8, torch.float32, torch.uint8), (value.shape, (), ())
+    read, step, zero_point = _nodes("DynamicQuantizeLinear", [value], types, sizes)
+    sums = _node("MatMulInteger", [read, codes, zero_point], torch.int32, (*value.shape[:-1], codes.shape[1]))
+    return sums.float() * (step * scale)
+
+
+_OURS = (DynamicLinear, DynamicLSTM, DynamicGRU, PackedWeight)

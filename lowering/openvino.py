@@ -21,6 +21,7 @@ import torch
 from fxopt.backend import Backend, Engine, TensorSpec
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable
 from fxopt.integer_scheme import Scheme
+from fxopt.ops import DYNAMIC
 from fxopt.options import check_choice
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ Precision = Literal["float32", "bfloat16", "float16"]
 
 _NAMES = {"float32": "f32", "bfloat16": "bf16", "float16": "f16"}
 _OTHER_FLOATS = (torch.float16, torch.bfloat16, torch.float64)
-_DYNAMIC = ("dynamic_linear", "dynamic_lstm")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,7 +125,7 @@ class OpenVinoBackend(Backend):
                 f"what is {' or '.join(others)} in the program is computed in {self.precision}: OpenVINO's kernels go "
                 "by the option precision"
             )
-        if any(program.op(node) in _DYNAMIC for node in program.nodes):
+        if any(program.op(node) in DYNAMIC for node in program.nodes):
             notes.append(
                 "layers that are quantized dynamically compute in floating point: OpenVINO has no integer kernels for "
                 "them, and mode='static' is faster"

@@ -39,7 +39,7 @@ from fxopt.analysis.constants import held_tensors
 from fxopt.analysis.measurements import keep, measured
 from fxopt.analysis.shapes import TensorSpec, shapes, specs_in
 from fxopt.analysis.value_ranges import value_ranges
-from fxopt.ops import DROPOUTS, operators
+from fxopt.ops import DROPOUTS, DYNAMIC, operators
 from fxopt.options import check_choice, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.precision import Lowering, survives
@@ -52,8 +52,6 @@ _DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _LOW = frozenset(f"conv{kind}{axes}d" for kind in ("", "_transpose") for axes in (1, 2, 3)) | frozenset(
     "linear bilinear embedding lstm gru rnn matmul mm bmm addmm einsum scaled_dot_product_attention".split()
 )
-
-_INTEGERS = frozenset({"dynamic_linear", "dynamic_lstm"})
 
 _ELEMENTWISE = frozenset(item.name for item in operators().values() if item.elementwise)
 
@@ -101,7 +99,7 @@ class CastPrecision(Pass):
         """One decision per layer or per layers that share weights, and one for inputs and outputs."""
         found = False
         for node in program.nodes:
-            if program.op(node) in _INTEGERS:
+            if program.op(node) in DYNAMIC:
                 yield Skip(node.name, "it computes with integers")
         for group in _groups(program):
             reasons = {node: self._reason_to_keep(program, node) for node in group}

@@ -35,6 +35,7 @@ from fxopt.errors import InputError
 from fxopt.held_weight import FUNCTIONS, call_with, readers_of, reason_to_leave, weight_of
 from fxopt.kmeans import centroids, nearest
 from fxopt.masking import mask_of
+from fxopt.ops import DYNAMIC
 from fxopt.options import check_choice, check_patterns
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
@@ -42,9 +43,7 @@ from fxopt.program import Program
 __all__ = ["ClusterWeights"]
 
 _DEFAULT_CLUSTERS = 16
-_OTHER_LAYERS = frozenset(
-    "lstm gru rnn bilinear embedding_bag multi_head_attention dynamic_linear dynamic_lstm".split()
-)
+_OTHER_LAYERS = DYNAMIC.union("lstm gru rnn bilinear embedding_bag multi_head_attention".split())
 _LEAST_SENSITIVITY = 1e-6  # of the mean: weights that the data do not reach are clustered too
 _UNCOUNTED = 1e-12
 

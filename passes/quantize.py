@@ -2,7 +2,7 @@
 
     mode           activations                          weights
     static         8 bits, ranges from data             8 bits (4 bits: the same kernels, fewer values)
-    dynamic        8 bits, ranges found at each call    8 bits; linear layers and LSTMs
+    dynamic        8 bits, ranges found at each call    8 bits; linear layers, LSTMs, GRUs
     weight_only    float32                              8 or 4 bits, in blocks
     qat            8 bits, ranges trained from there    8 or 4 bits, simulated: to be trained, then frozen
 

@@ -262,9 +262,8 @@ def test_bars_of_the_part_aware() -> None:
     assert bars((0.7, 0.8, 0.9, 0.8989)) == [True, True, False]
     assert bars((0.8, 0.9, 0.899, 0.899)) == [False, True, True]
     assert bars((0.8, 0.9, 0.9, 0.9)) == [True, True, True]
-    assert bars((0.8, 0.9, 0.9, 0.9), (0.2, 0.1, 0.05, 0.05)) == [True, True, True]
-    assert bars((0.8, 0.9, 0.9, 0.9), (0.2, 0.1, 0.05, 0.06)) == [True, False, True]
-    assert bars((0.8, 0.9, 0.9, 0.9), (0.1, 0.2, 0.05, 0.06)) == [True, False, True]
+    assert bars((0.8, 0.9, 0.9, 0.9), (0.2, 0.1, 0.05, 0.1)) == [True, False, True]
+    assert bars((0.8, 0.9, 0.9, 0.9), (0.1, 0.2, 0.05, 0.1)) == [True, False, True]
 
 
 def test_unequal_channels_change_no_answer() -> None:

@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from fxopt.analysis.shapes import TensorSpec, shapes
 from fxopt.interpret import run_graph
-from fxopt.ops import Call
+from fxopt.ops import DYNAMIC, Call
 from fxopt.report import Cost
 from fxopt.sharing import share_module
 
@@ -23,8 +23,7 @@ __all__ = ["macs_by_node", "total_cost"]
 _CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 _TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
 _PRODUCTS = frozenset({"matmul", "mm", "bmm", "addmm"})
-_DYNAMIC = frozenset({"dynamic_linear", "dynamic_lstm"})
-_INTEGERS = _DYNAMIC | {"packed_weight", "quantized_tensor"}
+_INTEGERS = DYNAMIC | {"packed_weight", "quantized_tensor"}
 _INTRICATE = frozenset({"einsum", "bilinear", "lstm", "gru", "rnn", "multi_head_attention"})
 
 
@@ -71,7 +70,7 @@ def macs_by_node(program: Program) -> Mapping[str, int]:
 
 
 def _is_ours_to_count(call: Call) -> bool:
-    return call.op in _DYNAMIC or isinstance(call.module, nn.RNNBase)
+    return call.op in DYNAMIC or isinstance(call.module, nn.RNNBase)
 
 
 def _macs(node: fx.Node, call: Call, known: Mapping[str, Any]) -> int:
@@ -83,7 +82,7 @@ def _macs(node: fx.Node, call: Call, known: Mapping[str, Any]) -> int:
     if isinstance(call.module, nn.RNNBase):
         steps = math.prod(_spec(call.arguments["input"], known).shape[:-1])
         return steps * sum(weight.numel() for weight in call.module.parameters() if weight.dim() > 1)
-    if call.op in _DYNAMIC:
+    if call.op in DYNAMIC:
         rows = math.prod(_spec(call.arguments["input"], known).shape[:-1])
         return int(cast("Any", call.module).macs(rows))
     if call.op in _PRODUCTS:

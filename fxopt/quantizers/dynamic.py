@@ -3,15 +3,16 @@
     x about s (q - z)        8 bits, one range for a tensor, from what it holds at each call
     W about s_o q            8 bits, one scale for each output
 
-Linear layers and LSTMs, whose kernels gain more than looking for a range costs. Convolutions gain nothing: measured on
-ONNX Runtime, 8 times the time of static quantization.
+Linear layers, LSTMs and GRUs, whose kernels gain more than looking for a range costs. Convolutions gain nothing:
+measured on ONNX Runtime, 8 times the time of static quantization. The steps of a GRU are a loop there, so that few
+states gain nothing either (measured in `fxopt/lowering/onnx_loops.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +20,7 @@ from torch import Tensor, fx, nn
 from fxopt import edit
 from fxopt.analysis.originals import keep_original, original_of
 from fxopt.dynamic_linear import DynamicLinear
-from fxopt.dynamic_lstm import DynamicLSTM, LSTMLayer, in_onnx_order
+from fxopt.dynamic_recurrent import DynamicGRU, DynamicLSTM, DynamicRecurrent, GRULayer, LSTMLayer, in_onnx_order
 from fxopt.errors import InputError
 from fxopt.integer_limits import IntegerLimits
 from fxopt.passes_base import Rewrite, Skip
@@ -34,8 +35,25 @@ if TYPE_CHECKING:
 
 __all__ = ["DynamicQuantizer"]
 
-_KERNELS = frozenset({"linear", "lstm"})
+_RECURRENT = frozenset({"lstm", "gru"})
+_KERNELS = _RECURRENT | {"linear"}
 _OTHERS = "has no fast integer kernel for ranges that are found as it runs"
+_FEWEST_STATES = {"gru": 256}
+"""That are worth it, by operator."""
+
+
+class _Gates(NamedTuple):
+    """What a recurrent layer multiplies by, in each of its directions.
+
+    Attributes:
+        codes: int8[directions, inputs, gates].
+        scale: float32[directions, gates].
+        bias: float32[directions, gates].
+    """
+
+    codes: Tensor
+    scale: Tensor
+    bias: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,10 +84,10 @@ class DynamicQuantizer(Quantizer):
         return found.names, found.left
 
     def decisions(self, program: Program, units: Units) -> Iterator[Rewrite]:
-        """One per weight of a linear layer, and one per LSTM."""
+        """One per weight of a linear layer, and one per recurrent layer."""
         for names in units:
             paths = ", ".join(sorted({str(program.node(name).target) for name in names}))
-            bits = program.scheme.weight_bits if program.op(program.node(names[0])) == "lstm" else 8
+            bits = program.scheme.weight_bits if program.op(program.node(names[0])) in _RECURRENT else 8
             yield Rewrite(names[0], f"{bits}-bit weights of {paths}, ranges as it runs", {"layers": list(names)})
 
     def round_ahead(self, program: Program) -> None:
@@ -77,12 +95,12 @@ class DynamicQuantizer(Quantizer):
             self._codes(program, names)
 
     def apply(self, program: Program, rewrite: Rewrite) -> None:
-        """Quantizes the layers of one weight, or one LSTM."""
+        """Quantizes the layers of one weight, or one recurrent layer."""
         original = original_of(program)
         layers = [program.node(name) for name in rewrite.params["layers"]]
-        if program.op(layers[0]) == "lstm":
-            layer = cast("nn.LSTM", program.module_of(layers[0]))
-            edit.set_module(program, layers[0], self._lstm(layer, program.scheme.weight_bits))
+        if program.op(layers[0]) in _RECURRENT:
+            layer = cast("nn.RNNBase", program.module_of(layers[0]))
+            edit.set_module(program, layers[0], self._recurrent(layer, program.scheme.weight_bits))
         else:
             self._quantize(program, original, layers)
         keep_original(program, original)
@@ -108,30 +126,36 @@ class DynamicQuantizer(Quantizer):
     def _linear(self, program: Program) -> list[list[str]]:
         return [names for names in self._layers(program).names if program.op(program.node(names[0])) == "linear"]
 
-    def _lstm(self, layer: nn.LSTM, bits: int) -> DynamicLSTM:
-        layers = []
-        for index in range(layer.num_layers):
-            names = [f"l{index}{suffix}" for suffix in ("", "_reverse")[: 1 + layer.bidirectional]]
-            read, recurrent = (
-                self._gates([getattr(layer, f"weight_{kind}_{name}") for name in names], bits) for kind in ("ih", "hh")
-            )
-            bias = torch.zeros_like(read[1])
-            if layer.bias:
-                both = [getattr(layer, f"bias_ih_{name}") + getattr(layer, f"bias_hh_{name}") for name in names]
-                bias = nn.Parameter(torch.stack([in_onnx_order(item.detach()) for item in both]))
-            layers.append(LSTMLayer(*read, *recurrent, bias))
-        return DynamicLSTM(layers, batch_first=layer.batch_first)
+    def _recurrent(self, layer: nn.RNNBase, bits: int) -> DynamicRecurrent:
+        pairs = [
+            (self._gates(layer, f"ih_l{index}", bits), self._gates(layer, f"hh_l{index}", bits))
+            for index in range(layer.num_layers)
+        ]
 
-    def _gates(self, weights: Sequence[Tensor], bits: int) -> tuple[Tensor, Tensor]:
-        """The integers of a weight for each direction, [directions, inputs, 4 n], and their scales."""
-        codes, scales = [], []
-        for weight in weights:
+        def held(bias: Tensor) -> Tensor:
+            # zeros in the place of biases that a layer does not have are no parameters of the model
+            return nn.Parameter(bias) if layer.bias else bias
+
+        if isinstance(layer, nn.LSTM):
+            lstm = [LSTMLayer(*read[:2], *own[:2], held(read.bias + own.bias)) for read, own in pairs]
+            return DynamicLSTM(lstm, batch_first=layer.batch_first)
+        gru = [GRULayer(*read[:2], held(read.bias), *own[:2], held(own.bias)) for read, own in pairs]
+        return DynamicGRU(gru, batch_first=layer.batch_first)
+
+    def _gates(self, layer: nn.RNNBase, name: str, bits: int) -> _Gates:
+        """A weight of a recurrent layer as integers, and its bias."""
+        order = in_onnx_order if isinstance(layer, nn.LSTM) else torch.clone
+        codes, scales, biases = [], [], []
+        for suffix in ("", "_reverse")[: 1 + layer.bidirectional]:
+            weight = order(getattr(layer, f"weight_{name}{suffix}").detach())
             # [groups, inputs, outputs], as for a linear layer
-            matrix = in_onnx_order(weight.detach()).double().t().unsqueeze(0)
+            matrix = weight.double().t().unsqueeze(0)
             found = rounded(matrix, IntegerLimits(2 ** (bits - 1) - 1), None, per_channel=self.per_channel)
             codes.append(found.codes[0].to(torch.int8))
             scales.append(found.scale[0, 0].float())
-        return torch.stack(codes), torch.stack(scales)
+            bias = getattr(layer, f"bias_{name}{suffix}").detach() if layer.bias else weight.new_zeros(len(weight))
+            biases.append(order(bias))
+        return _Gates(torch.stack(codes), torch.stack(scales), torch.stack(biases))
 
     def _layers(self, program: Program) -> Layers:
-        return find_layers(program, _KERNELS, self.ignore, others=_OTHERS)
+        return find_layers(program, _KERNELS, self.ignore, others=_OTHERS, fewest_states=_FEWEST_STATES)

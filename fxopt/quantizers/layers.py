@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
 from math import prod
+from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
@@ -50,6 +51,7 @@ def find_layers(
     others: str = _NO_KERNEL,
     pads_zeros_only: bool = True,
     fewest_terms: int = 0,
+    fewest_states: Mapping[str, int] = MappingProxyType({}),
 ) -> Layers:
     """The layers to quantize, by the weight that they read, and those that are left alone.
 
@@ -60,6 +62,7 @@ def find_layers(
         others: what is said of layers of other kinds, behind the operator's name.
         pads_zeros_only: whether a kernel that pads with anything but zeros is missing.
         fewest_terms: see `Scheme`.
+        fewest_states: that a recurrent layer must have, by operator.
 
     Raises:
         InputError: if there is none to quantize.
@@ -71,8 +74,11 @@ def find_layers(
         call = program.call(node)
         if call.op in _RECURRENT:
             layers = program.callers(node) or [node]
+            fewest = fewest_states.get(call.op, 0)
             reason = (
-                _reason_to_leave_recurrent(program, layers, ignore) if call.op in kernels else f"{call.op} {others}"
+                _reason_to_leave_recurrent(program, layers, ignore, fewest)
+                if call.op in kernels
+                else f"{call.op} {others}"
             )
             if reason is not None:
                 left.append(Skip(node.name, reason))
@@ -133,7 +139,9 @@ def _reason_of_size(program: Program, layers: Sequence[fx.Node], fewest: int) ->
     return f"it adds up {terms} products, no faster with integers on this target" if small else None
 
 
-def _reason_to_leave_recurrent(program: Program, layers: Sequence[fx.Node], ignore: Sequence[str]) -> str | None:
+def _reason_to_leave_recurrent(
+    program: Program, layers: Sequence[fx.Node], ignore: Sequence[str], fewest: int
+) -> str | None:
     """Why the calls of a recurrent layer do not compute with integers; None if they do."""
     path, layer = str(layers[0].target), program.module_of(layers[0])
     if not isinstance(layer, nn.RNNBase):
@@ -142,6 +150,8 @@ def _reason_to_leave_recurrent(program: Program, layers: Sequence[fx.Node], igno
         return "ignored"
     if layer.proj_size:
         return f"{program.op(layers[0])} with a projection has no integer kernel"
+    if layer.hidden_size < fewest:
+        return f"it has {layer.hidden_size} states, and with fewer than {fewest} integers are no faster"
     if layer.training and layer.dropout:
         return "it draws random zeros between its layers"
     if any(_input_of(program, call).dtype is not torch.float32 for call in layers):
