@@ -9,6 +9,7 @@ where an exact rewrite leaves no error.
 
 from __future__ import annotations
 
+import fnmatch
 import logging
 import time
 import warnings
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
-from fxopt import edit
+from fxopt import edit, registry
 from fxopt.analysis.text import excerpt
 from fxopt.compare import Difference
 from fxopt.errors import FxoptError, InputError, PassError, PipelineError, VerificationError
@@ -38,7 +39,7 @@ OnFailure = Literal["rollback", "raise"]
 
 
 class NoMatchWarning(UserWarning):
-    """A pass that was asked for changed nothing."""
+    """A pass that was asked for changed nothing, or a pattern of its `ignore` matches nothing."""
 
 
 class RollbackWarning(UserWarning):
@@ -135,6 +136,10 @@ class PassManager:
         else:
             raise PassError(f"still finds rewrites after {rounds} rounds", pass_name=pass_.name)
         program.properties |= pass_.provides
+        for pattern in _unmatched(getattr(pass_, "ignore", ()), before):
+            notes.append(f"ignore: {pattern!r} matches no layer")
+            if self.on_no_match != "ignore":
+                warnings.warn(f"{pass_.name}: {notes[-1]}", NoMatchWarning, stacklevel=4)
         report = PassReport(
             name=pass_.name,
             config=str(pass_),
@@ -233,6 +238,12 @@ class PassManager:
         warnings.warn(message, NoMatchWarning, stacklevel=5)
 
 
+def _unmatched(patterns: Iterable[str], program: Program) -> list[str]:
+    """Those that match no path and no name of a node."""
+    names = {name for node in program.nodes for name in (node.name, str(node.target))}
+    return [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+
+
 def _apply(pass_: Pass, program: Program, rewrites: Iterable[Rewrite]) -> Program:
     """A copy of the program with the rewrites applied."""
     candidate = program.copy()
@@ -279,7 +290,8 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
     for index, pass_ in enumerate(passes):
         for name in sorted(pass_.requires - provided_by.keys()):
             later = next((other.name for other in passes[index:] if name in other.provides), None)
-            advice = f"put {later} before it" if later else "add a pass that provides it"
+            known = ", ".join(other for other, kind in registry.passes().items() if name in kind.provides)
+            advice = f"put {later or known} before it" if later or known else "add a pass that provides it"
             raise PipelineError(f"{pass_.name} requires a program that is {name!r}: {advice}")
         for name in sorted(pass_.refuses & provided_by.keys()):
             owner = provided_by[name]

@@ -22,6 +22,7 @@ __all__ = ["OPERATORS", "Operator"]
 _CONV = "input weight bias stride padding dilation groups"
 _CONV_TRANSPOSE = "input weight bias stride padding output_padding groups dilation"
 _POOL = "input kernel_size stride padding"
+_AVERAGE_POOL = f"{_POOL} ceil_mode count_include_pad divisor_override"
 _AFFINE = "input scale zero_point quant_min quant_max dtype"
 
 
@@ -298,9 +299,9 @@ OPERATORS: tuple[Operator, ...] = (
     _op("max_pool1d", _POOL, functions=(F.max_pool1d, torch.max_pool1d), aten="max_pool1d", modules=(nn.MaxPool1d,)),
     _op("max_pool2d", _POOL, functions=(F.max_pool2d, torch.max_pool2d), aten="max_pool2d", modules=(nn.MaxPool2d,)),
     _op("max_pool3d", _POOL, functions=(F.max_pool3d, torch.max_pool3d), aten="max_pool3d", modules=(nn.MaxPool3d,)),
-    _op("avg_pool1d", _POOL, functions=(F.avg_pool1d,), aten="avg_pool1d", modules=(nn.AvgPool1d,)),
-    _op("avg_pool2d", _POOL, functions=(F.avg_pool2d,), aten="avg_pool2d", modules=(nn.AvgPool2d,)),
-    _op("avg_pool3d", _POOL, functions=(F.avg_pool3d,), aten="avg_pool3d", modules=(nn.AvgPool3d,)),
+    _op("avg_pool1d", _AVERAGE_POOL, functions=(F.avg_pool1d,), aten="avg_pool1d", modules=(nn.AvgPool1d,)),
+    _op("avg_pool2d", _AVERAGE_POOL, functions=(F.avg_pool2d,), aten="avg_pool2d", modules=(nn.AvgPool2d,)),
+    _op("avg_pool3d", _AVERAGE_POOL, functions=(F.avg_pool3d,), aten="avg_pool3d", modules=(nn.AvgPool3d,)),
     _op("adaptive_avg_pool1d", "input output_size", functions=(F.adaptive_avg_pool1d,), aten="adaptive_avg_pool1d", modules=(nn.AdaptiveAvgPool1d,)),
     _op("adaptive_avg_pool2d", "input output_size", functions=(F.adaptive_avg_pool2d,), aten="adaptive_avg_pool2d", modules=(nn.AdaptiveAvgPool2d,)),
     _op("adaptive_avg_pool3d", "input output_size", functions=(F.adaptive_avg_pool3d,), aten="adaptive_avg_pool3d", modules=(nn.AdaptiveAvgPool3d,)),

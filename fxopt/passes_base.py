@@ -64,7 +64,8 @@ class Pass(ABC):
         provides: properties that it has afterwards.
         refuses: properties that the program must not have.
 
-    The three sets are read from the instance: where they depend on the options, `__post_init__` sets them.
+    The three sets are read from the instance: where they depend on the options, `__post_init__` sets them. An option
+    `ignore` holds patterns of layer paths that are left alone: the manager says which of them match nothing.
     """
 
     name: ClassVar[str]

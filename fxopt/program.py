@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, TypeVar, cast
 
 import torch
 from torch import fx, nn
@@ -234,10 +234,15 @@ class Program:
         for index, batch in enumerate(self.calibration):
             empty = False
             try:
-                inputs = self.signature.flatten_batch(batch)
+                given = self.signature.flatten_batch(batch)
             except InputError as error:
                 raise InputError(f"calibration batch {index}: {error}") from error
-            yield self.in_io_dtype(inputs), self.signature.targets_of(batch)
+            inputs = self.in_io_dtype(given)
+            for name, tensor, example in zip(self.signature.names, inputs, self.example_inputs, strict=True):
+                if tensor.dtype != example.dtype or tensor.ndim != example.ndim:
+                    found, wanted = (f"{item.dtype} with {item.ndim} axes" for item in (tensor, example))
+                    raise InputError(f"calibration batch {index}: {name} is {found}, the example input {wanted}")
+            yield inputs, self.signature.targets_of(batch)
         if empty:
             once = iter(self.calibration) is self.calibration
             advice = "; an iterator can be read once only, a list again and again" if once else ""
@@ -351,7 +356,7 @@ class Program:
 
     def _assemble(self, graph: fx.Graph) -> fx.GraphModule:
         """A graph module over this program's modules."""
-        module = fx.GraphModule(self._root, graph, class_name="Program")
+        module = _ProgramModule(self._root, graph, class_name="Program")
         keep_persistence(module, self._root)
         module.training = self.training
         modes = {name: child.training for name, child in self._root.named_modules()}
@@ -359,6 +364,16 @@ class Program:
             # the folders that a graph module makes for paths are new; leaf modules keep a mode of their own
             child.training = modes.get(name, self.training)
         return module
+
+
+class _ProgramModule(fx.GraphModule):
+    """A graph module that says how it is saved: its code calls the signature, which pickle does not know."""
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "the module of a program is not pickled: save its state_dict(), and load that into the module of a program "
+            "that the same passes made; or save a compiled model by compiled.save(folder)"
+        )
 
 
 def _fitting(loss: Loss, output: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

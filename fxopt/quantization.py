@@ -109,6 +109,7 @@ class QuantizedTensor(nn.Module):
 
 
 def _scale(value: float) -> float:
-    """As float32 holds it, which is what engines compute with; 1 where there is nothing but zero."""
+    """As float32 holds it, which is what engines compute with; that of numbers up to 1 where there are only zeros."""
     rounded = float(torch.tensor(value, dtype=torch.float32))
-    return rounded if rounded > torch.finfo(torch.float32).tiny else 1.0
+    # engines count a bias in steps of it times the weight's: it must not be large
+    return rounded if rounded > torch.finfo(torch.float32).tiny else 2.0**-8

@@ -39,6 +39,7 @@ _FEW = 64  # values of one sign: with more of them, GPTQ leaves nothing that a d
 _SWEEPS = 8  # of the descent
 _STILL = 1e-3  # share of integers that move in a sweep, at which it ends
 _AT_ONCE = 2**16  # weights whose scales are looked for together: they stay in the cache
+_OF_ZEROS = 2.0**-20  # the scale of weights that are all zero
 _BLOCK = 32  # places rounded before what they lost is passed on to those behind: they stay in the cache
 
 
@@ -103,18 +104,22 @@ def _scales(
 ) -> Tensor:
     """The scales, as float32 holds them, [groups, blocks, outputs / groups]."""
     size = _AT_ONCE // weight[:, :, 0].numel() if per_channel else weight.shape[2]
-    return torch.cat(
+    found = torch.cat(
         [
             _scales_of(part, limits, counts, per_channel=per_channel, block=block or weight.shape[1])
             for part in torch.split(weight, max(1, size), 2)
         ],
         2,
     )
+    # zeros fit any scale, but engines count the bias in steps of it
+    usual = found.nanmean().float().double()
+    return torch.where(found.isnan(), torch.where(usual.isnan(), _OF_ZEROS, usual), found)
 
 
 def _scales_of(
     weight: Tensor, limits: IntegerLimits, counts: Tensor | None, *, per_channel: bool, block: int
 ) -> Tensor:
+    """The same; NaN where there is nothing but zero."""
     length = weight.shape[1]
     single, importance = weight.float(), None if counts is None else counts.float()
 
@@ -147,7 +152,7 @@ def _scales_of(
             error = lost(share)
             better = error < least
             least, best = torch.where(better, error, least), torch.where(better, share, best)
-    return scale_of(best).double()
+    return torch.where(most > 0, scale_of(best), torch.nan).double()
 
 
 def _gptq(weight: Tensor, scale: Tensor, limits: IntegerLimits, covariance: Tensor) -> Tensor:

@@ -5,6 +5,13 @@ are merged for the call and split again behind it; a missing one is added and ta
 axes of the query goes the same way; one of [tokens, tokens] is broadcast over whatever leads; any other is left to the
 exporter.
 
+Averages: a divisor of its own, which the exporter leaves out, is a factor behind. Windows that reach beyond the input
+(ceil_mode), where nothing is padded, leave out what is beyond: it is all the same whether padding counts, but ONNX
+Runtime's integer kernel (1.32) divides otherwise where it does.
+
+Bounds of a clamp, one a whole number and one not. Inputs that are handed out: where the exporter does not optimize it
+gives the input the output's name.
+
 Recurrent layers: see `onnx_recurrent`. In 16 bits ONNX Runtime crashes while it loads one with a matrix product behind
 it (1.32, float16, on the CPU), where it has no kernel for them anyway. They compute in float32, between casts.
 """
@@ -12,14 +19,18 @@ it (1.32, float16, on the CPU), where it has no kernel for them anyway. They com
 from __future__ import annotations
 
 import copy
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx, nn
 
 from fxopt import edit
-from fxopt.analysis.shapes import shape_of
+from fxopt.analysis.shapes import shape_of, shapes
+from fxopt.errors import BackendError
 from fxopt.lowering.onnx_recurrent import InSingle, spell_recurrences
+from fxopt.ops import Call
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -27,6 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["legalize"]
 
 _AXES = 4
+_AVERAGES = {"avg_pool1d": 1, "avg_pool2d": 2, "avg_pool3d": 3}
 _OTHER_RANKS = {3, 5, 6, 7, 8}
 
 
@@ -34,9 +46,16 @@ def legalize(program: Program) -> Program:
     """The program itself if the exporter takes it, else a rewritten copy."""
     odd = [node.name for node in program.nodes if _is_odd_attention(program, node)]
     small = [node.name for node in program.nodes if _is_small_recurrence(program, node)]
-    if not odd and not small:
+    others = {node.name: spell for node in program.nodes if (spell := _spelling(program, node)) is not None}
+    handed_out = [node.name for node in program.nodes[-1].all_input_nodes if node.op == "placeholder"]
+    if not odd and not small and not others and not handed_out:
         return spell_recurrences(program)
     legal = program.copy()
+    for name, spell in others.items():
+        spell(legal, legal.node(name))
+    for name in handed_out:
+        output, given = legal.nodes[-1], legal.node(name)
+        edit.set_operand(legal, [output], given, edit.insert_before(legal, output, torch.clone, (given,)))
     for name in odd:
         _with_four_axes(legal, legal.node(name))
     for name in small:
@@ -50,6 +69,57 @@ def legalize(program: Program) -> Program:
 def _is_small_recurrence(program: Program, node: fx.Node) -> bool:
     module = program.module_of(node)
     return isinstance(module, nn.RNNBase) and module.weight_ih_l0.dtype in (torch.float16, torch.bfloat16)
+
+
+def _spelling(program: Program, node: fx.Node) -> Callable[[Program, fx.Node], None] | None:
+    """How a node is said otherwise; None if it need not be."""
+    call = program.call(node)
+    if call.op == "clamp":
+        low, high = (call.arguments.get(name) for name in ("min", "max"))
+        mixed = {type(low), type(high)} == {int, float}
+        return _clamp if mixed and program.analysis(shapes)[node.name].dtype.is_floating_point else None
+    if call.op not in _AVERAGES:
+        return None
+    if _option(call, "divisor_override") is not None:
+        return _average_by_divisor
+    unpadded = not any(_along_axes(call, "padding", 0))
+    beyond = unpadded and _option(call, "ceil_mode", False) and _option(call, "count_include_pad", True)
+    return _average_of_what_is_there if beyond else None
+
+
+def _clamp(program: Program, node: fx.Node) -> None:
+    arguments = program.call(node).arguments
+    edit.replace(program, node, torch.clamp, (arguments["input"], float(arguments["min"]), float(arguments["max"])))
+
+
+def _average_of_what_is_there(program: Program, node: fx.Node) -> None:
+    call = program.call(node)
+    options = _option(call, "kernel_size"), _option(call, "stride"), 0, True, False
+    edit.replace(program, node, getattr(torch.nn.functional, call.op), (call.arguments["input"], *options))
+
+
+def _average_by_divisor(program: Program, node: fx.Node) -> None:
+    call = program.call(node)
+    if _option(call, "ceil_mode"):
+        raise BackendError(
+            f"{node.name}: ONNX has no average pooling with divisor_override and ceil_mode: backend='eager' runs it"
+        )
+    options = (_option(call, name) for name in ("kernel_size", "stride"))
+    arguments = (call.arguments["input"], *options, _option(call, "padding", 0))
+    average = edit.insert_before(program, node, getattr(torch.nn.functional, call.op), arguments)
+    window = math.prod(_along_axes(call, "kernel_size"))
+    edit.replace(program, node, torch.mul, (average, window / _option(call, "divisor_override")))
+
+
+def _along_axes(call: Call, name: str, default: Any = None) -> Sequence[Any]:
+    """An option of a pooling, for each axis."""
+    given = _option(call, name, default)
+    return given if isinstance(given, tuple | list) else [given] * _AVERAGES[call.op]
+
+
+def _option(call: Call, name: str, default: Any = None) -> Any:
+    """What an operator was told, or the module that is called."""
+    return call.arguments.get(name, getattr(call.module, name, default))
 
 
 def _is_odd_attention(program: Program, node: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from fxopt.errors import ArtifactError, BackendError, BackendUnavailable
 from fxopt.integer_scheme import Scheme
 from fxopt.ops import DYNAMIC
 from fxopt.options import check_choice
+from fxopt.packed_weight import PackedWeight
 
 if TYPE_CHECKING:
     from fxopt.artifact import Manifest
@@ -74,6 +75,7 @@ class OpenVinoBackend(Backend):
         from fxopt.lowering.onnx_lower import onnx_of
         from fxopt.lowering.openvino_session import OpenVinoEngine, compile_model, read_model
 
+        self._require_whole_blocks(program)
         lowered = onnx_of(program, dynamic_batch=dynamic_batch, optimize=True)
         started = time.perf_counter()
         with tempfile.TemporaryDirectory(prefix="fxopt-") as folder:
@@ -131,6 +133,15 @@ class OpenVinoBackend(Backend):
                 "them, and mode='static' is faster"
             )
         return notes
+
+    def _require_whole_blocks(self, program: Program) -> None:
+        for node in program.nodes:
+            weight = program.module_of(node)
+            if isinstance(weight, PackedWeight) and weight.places % weight.block:
+                raise BackendError(
+                    f"{node.target} has {weight.places} inputs in blocks of {weight.block}, and OpenVINO takes whole "
+                    "blocks only: pass group_size=None to quantize, or one that divides them; backend='onnx' runs this"
+                )
 
     def _require_available(self, target: Target) -> None:
         reason = self.unavailable()

@@ -176,6 +176,10 @@ class CastPrecision(Pass):
             if reached > self._limit and item not in _masks(program, node):
                 what = "output" if item is node else "input"
                 return f"its {what} reaches {reached:.3g}, and the largest {self.dtype} is {self._limit:.6g}"
+            smallest = torch.finfo(self._torch).tiny
+            if 0 < reached < smallest:
+                what = "output" if item is node else "input"
+                return f"its {what} never exceeds {reached:.3g}, and below {smallest:.3g} {self.dtype} loses digits"
         return None
 
     def _reason_of_weight(self, tensor: Tensor) -> str | None:
@@ -206,7 +210,8 @@ class CastPrecision(Pass):
             filled: Any = call.arguments.get("value") if call.module is None else getattr(call.module, "value", 0)
             numbers = [filled]
         else:
-            numbers = list(call.arguments.values()) if call.op in _ELEMENTWISE else []
+            options = {} if call.module is None else vars(call.module)
+            numbers = [*call.arguments.values(), *options.values()] if call.op in _ELEMENTWISE else []
         return all(survives(item, self._torch) for item in numbers if type(item) in (int, float))
 
 

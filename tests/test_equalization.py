@@ -102,6 +102,57 @@ def test_what_does_not_scale_is_left_alone(activation: type[nn.Module], images: 
     assert [item.giver for item in scalable_channels(program)] == ["project"]
 
 
+class Mixing(nn.Module):
+    """Something between two layers that mixes channels where it stands."""
+
+    def __init__(self, giver: nn.Module, between: nn.Module, reader: nn.Module) -> None:
+        super().__init__()
+        self.giver, self.between, self.reader = giver, between, reader
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.reader(self.between(self.giver(x)))
+        return out
+
+
+class Mean(nn.Module):
+    def __init__(self, *axes: int) -> None:
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(self.axes)
+
+
+@pytest.mark.parametrize(
+    ("model", "shape"),
+    [
+        (Mixing(nn.LayerNorm(8), nn.AvgPool1d(3, 1, 1), nn.Linear(8, 4)), (2, 5, 8)),
+        (Mixing(nn.Linear(8, 8), nn.MaxPool1d(3, 1, 1), nn.Linear(8, 4)), (2, 5, 8)),
+        (Mixing(nn.Conv1d(5, 8, 3, padding=1), Mean(1), nn.Linear(8, 4)), (2, 5, 8)),
+        (Mixing(nn.Conv1d(5, 8, 3, padding=1), nn.AvgPool2d(3, 1, 1), nn.Conv1d(8, 4, 1)), (2, 5, 8)),
+        (Mixing(nn.Linear(8, 5), Mean(2), nn.Linear(5, 4)), (2, 5, 8)),
+    ],
+)
+def test_what_mixes_channels_where_they_stand_is_left_alone(model: nn.Module, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    assert not scalable_channels(captured(model.eval(), [torch.randn(shape)]))
+
+
+def test_places_may_be_pooled_and_averaged() -> None:
+    model = Mixing(nn.Conv1d(5, 8, 3), nn.Sequential(nn.AvgPool1d(2), Mean(-1)), nn.Linear(8, 4)).eval()
+    assert [item.readers for item in scalable_channels(captured(model, [torch.randn(2, 5, 8)]))] == [("reader",)]
+
+
+def test_scaling_that_changes_outputs_is_refused(images: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, image = inverted(), (images[0][:2],)
+    wrong = next(iter(equalizations(captured(model, images), ["depthwise"], per_channel=True)))
+    wrong = wrong._replace(channels=wrong.channels._replace(readers=()))
+    monkeypatch.setattr("fxopt.quantizers.static.equalizations", lambda *_, **__: [wrong])
+    program = fxopt.optimize(model, image, ["fold_batch_norm", Quantize()], calibration=images, on_no_match="ignore")
+    (skip,) = (skip for skip in program.report.passes[-1].skips if skip.node == "expand" and "scaled" in skip.why)
+    assert skip.why.startswith("its channels are not scaled, as that changes outputs: relative error")
+
+
 class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()

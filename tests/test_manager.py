@@ -472,7 +472,7 @@ PACK = made("pack", requires=["quantized"])
         ),
         ([QUANTIZE, QUANTIZE], "quantize cannot run on a program that is 'quantized' already"),
         ([PACK, QUANTIZE], "pack requires a program that is 'quantized': put quantize before it"),
-        ([PACK], "pack requires a program that is 'quantized': add a pass that provides it"),
+        ([PACK], "pack requires a program that is 'quantized': put freeze_quantization, quantize before it"),
     ],
 )
 def test_a_wrong_order_names_both_passes_and_runs_nothing(program: Program, passes: list[Pass], message: str) -> None:
@@ -581,3 +581,12 @@ def test_long_chains_come_to_rest() -> None:
     chain = [nn.BatchNorm1d(6) for _ in range(25)]
     program = fxopt.optimize(nn.Sequential(nn.Linear(6, 6), *chain).eval(), X, "fold_batch_norm")
     assert len(program.report.passes[0].rewrites) == 25
+
+
+def test_patterns_that_match_nothing_are_told() -> None:
+    passes = ["prune_weights(sparsity=0.5, ignore=('hed.*', '_2'))"]
+    with pytest.warns(NoMatchWarning, match=r"prune_weights: ignore: 'hed\.\*' matches no layer"):
+        program = fxopt.optimize(model(), X, passes)
+    assert len(program.report.passes[0].rewrites) == 1
+    assert program.report.passes[0].notes == ["ignore: 'hed.*' matches no layer"]
+    assert fxopt.optimize(model(), X, passes, on_no_match="ignore").report.passes[0].notes

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 import fxopt
 from fxopt import Program
 from fxopt.passes import Quantize
+from fxopt.target import Target
 
 ALONE = Quantize(ignore=("qkv", "out"))
 """Quantizes nothing but products, and the first layer, as a program needs one."""
@@ -105,7 +106,7 @@ def test_shares_have_the_range_of_the_data() -> None:
             return F.scaled_dot_product_attention(y, y, y + 1)
 
     batches = [torch.randn(4, 300, 12, generator=torch.Generator().manual_seed(seed)) / 4 for seed in range(2)]
-    program = quantized(Averaging().eval(), batches, ALONE)
+    program = quantized(Averaging().eval(), batches, Quantize())
     (decision,) = [item for item in program.report.passes[-1].rewrites if "attention" in item.params]
     with torch.no_grad():
         y = Averaging().embed(batches[0])
@@ -113,6 +114,32 @@ def test_shares_have_the_range_of_the_data() -> None:
         assert largest < 0.1
         assert decision.params["attention"]["shares"]["scale"] <= largest / 255
         assert sqnr(Averaging()(batches[1]), program.module(batches[1])) > 35
+
+
+@pytest.mark.parametrize("flags", [True, False])
+def test_a_query_for_which_nothing_is_left_gets_zeros(flags: bool) -> None:
+    class Padded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.embed = nn.Linear(12, 32)
+
+        def forward(self, x: Tensor, seen: Tensor) -> Tensor:
+            y = self.embed(x).unsqueeze(1)
+            mask = (
+                seen[:, None, None] if flags else torch.zeros(seen.shape).masked_fill(~seen, -torch.inf)[:, None, None]
+            )
+            return F.scaled_dot_product_attention(y, y, y, attn_mask=mask)
+
+    x, seen = torch.randn(4, 9, 12, generator=torch.Generator().manual_seed(0)), torch.rand(4, 9) > 0.3
+    seen[1] = False
+    model, target = Padded().eval(), Target(device="cpu", instruction_set="AVX512 VNNI")
+    program = fxopt.optimize(model, (x, seen), ["default", Quantize()], calibration=[(x, seen)], target=target)
+    assert any("attention" in item.params for item in program.report.passes[-1].rewrites)
+    with torch.no_grad():
+        found = program.module(x, seen)
+        assert sqnr(model(x, seen), found) > 30
+    assert not bool(found[1].any())
 
 
 def test_golden(batches: list[Tensor]) -> None:

@@ -245,7 +245,7 @@ def test_a_program_without_a_batch_axis_keeps_its_size() -> None:
     assert program.inputs_with_batch(7)[0].shape == (2, 3, 6, 6)
 
 
-def test_the_module_can_be_pickled_copied_and_saved_as_a_state_dict(program: Program) -> None:
+def test_the_module_can_be_copied_and_saved_as_a_state_dict(program: Program) -> None:
     import copy
     import io
 
@@ -257,6 +257,8 @@ def test_the_module_can_be_pickled_copied_and_saved_as_a_state_dict(program: Pro
     fresh = model()
     fresh.load_state_dict(torch.load(buffer, weights_only=True))
     assert torch.equal(fresh(image()), program.module(image()))
+    with pytest.raises(TypeError, match=r"is not pickled: save its state_dict\(\)"):
+        torch.save(program.module, io.BytesIO())
 
 
 def test_calibration_batches_come_as_flat_inputs() -> None:
@@ -273,6 +275,8 @@ def test_calibration_batches_come_as_flat_inputs() -> None:
         ([], "calibration holds no batch$"),
         (iter(()), "calibration holds no batch; an iterator can be read once only"),
         ([3], "calibration batch 0: a calibration batch must be a tensor"),
+        ([torch.randn(4, 3).double()], "batch 0: input is torch.float64 with 2 axes, the example input torch.float32"),
+        ([torch.randn(4, 3), torch.randn(3)], "batch 1: input is torch.float32 with 1 axes, the example input"),
     ],
 )
 def test_calibration_that_is_of_no_use_is_refused(calibration: Iterable[Any] | None, message: str) -> None:

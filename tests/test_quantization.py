@@ -86,7 +86,7 @@ def test_values_of_one_sign_use_all_integers() -> None:
 
 def test_nothing_but_zeros_and_nothing_at_all() -> None:
     affine = affine_of(spread_of(torch.zeros(5)), UINT8, "mse")
-    assert (affine.scale, affine.zero_point) == (1.0, 0)
+    assert (affine.scale, affine.zero_point) == (2.0**-8, 0)
     with pytest.raises(InputError, match="no numbers"):
         affine_of(Spread(), UINT8, "mse")
 
@@ -124,6 +124,15 @@ def test_weights_of_so_many_values_lose_nothing() -> None:
         found = rounded(codes * scale, IntegerLimits(7), seen, how=how)  # type: ignore[arg-type]
         assert torch.equal(found.codes, codes)
         assert torch.allclose(found.codes * found.scale, codes * scale)
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+def test_outputs_without_weights_have_the_scale_of_the_others(per_channel: bool) -> None:
+    weight = torch.randn(1, 9, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    weight[:, :, 1] = 0
+    scale = rounded(weight, IntegerLimits(127), None, per_channel=per_channel).scale
+    assert float(scale.min()) == pytest.approx(float(scale.max()), rel=1.0)
+    assert not bool(rounded(weight, IntegerLimits(127), None, per_channel=per_channel).codes[:, :, 1].any())
 
 
 def test_a_weight_of_zeros() -> None:

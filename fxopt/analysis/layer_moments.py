@@ -111,13 +111,14 @@ def _layers_run(program: Program, layers: Sequence[str]) -> Iterator[tuple[str, 
     with fixed_random_state(), torch.no_grad(), buffers_restored(program.module):
         runs = [StepwiseRun(program, unused, inputs) for inputs in batches]
         for name in layers:
+            layer = PatchLayer(cast("nn.Module", program.module_of(program.node(name))))
             seen = []
             for run in runs:
                 run.before(name)
                 value = run.argument(name)
                 run.through(name)
-                seen.append(Seen(value, run.values[name]))
-            yield name, PatchLayer(cast("nn.Module", program.module_of(program.node(name)))), seen
+                seen.append(Seen(layer.with_samples(value), layer.with_samples(run.values[name])))
+            yield name, layer, seen
 
 
 class _Sums:

@@ -63,6 +63,11 @@ class PatchLayer:
         old: Tensor = self._layer.weight
         return matrix.transpose(1, 2).reshape(old.shape).to(old.dtype).contiguous()
 
+    def with_samples(self, value: Tensor) -> Tensor:
+        """What it reads or gives, with an axis of samples in front if it has none."""
+        axes = 2 if self._is_linear else len(self._layer.kernel_size) + 2
+        return value if value.dim() >= axes else value.unsqueeze(0)
+
     def positions(self, output: Tensor) -> int:
         """How many patches a sample has, from the shape of what the layer gives for some samples."""
         sizes = output.shape[1:-1] if self._is_linear else output.shape[2:]

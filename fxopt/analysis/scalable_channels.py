@@ -21,12 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["ScalableChannels", "scalable_channels"]
 
-_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
-_HOMOGENEOUS = frozenset(
-    "relu leaky_relu identity contiguous dropout dropout1d dropout2d dropout3d drop_path max_pool1d max_pool2d "
-    "max_pool3d avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d "
-    "adaptive_max_pool2d".split()
-)
+_ELEMENTWISE = frozenset("relu leaky_relu identity contiguous dropout dropout1d dropout2d dropout3d drop_path".split())
+_POOLS = {f"{kind}_pool{axes}d": axes for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for axes in (1, 2, 3)}
+"""How many axes each takes places from: the last ones."""
+_CONVOLVED = {f"conv{axes}d": axes for axes in (1, 2, 3)}
 
 
 class ScalableChannels(NamedTuple):
@@ -58,7 +56,11 @@ def _gives(program: Program, node: fx.Node) -> bool:
     if op == "layer_norm":
         if not layer.elementwise_affine or len(layer.normalized_shape) != 1:
             return False
-    elif op not in _CONVOLUTIONS and op != "linear":
+    elif op in _CONVOLVED:
+        # else it has no batch axis, and channels are on axis 0
+        if _rank(program, node) != _CONVOLVED[op] + 2:
+            return False
+    elif op != "linear":
         return False
     return _is_own(program, node)
 
@@ -73,7 +75,7 @@ def _is_own(program: Program, node: fx.Node) -> bool:
 def _behind(program: Program, giver: fx.Node) -> ScalableChannels | None:
     layer: Any = program.module_of(giver)
     count = int(layer.weight.shape[0])
-    last = program.op(giver) not in _CONVOLUTIONS
+    last = program.op(giver) not in _CONVOLVED  # of the axes, that of the channels; else it is 1
     readers: list[str] = []
     values: list[str] = []
     reached = [giver]
@@ -85,7 +87,7 @@ def _behind(program: Program, giver: fx.Node) -> ScalableChannels | None:
             call = program.call(user)
             if call.arguments.get("input") is not value or len(user.all_input_nodes) != 1 or call.inplace:
                 return None
-            if call.op in _HOMOGENEOUS or _flattens(program, user, count):
+            if call.op in _ELEMENTWISE or (not last and _keeps_channels_apart(program, user)):
                 reached.append(user)
             elif _reads_channels(program, user, count, last=last or _rank(program, value) == 2):
                 readers.append(user.name)
@@ -101,23 +103,24 @@ def _rank(program: Program, node: fx.Node) -> int:
     return len(spec.shape) if isinstance(spec, TensorSpec) else 0
 
 
-def _flattens(program: Program, node: fx.Node, count: int) -> bool:
-    """Whether a node takes positions away and leaves one number for each channel."""
-    known = program.analysis(shapes)
-    spec = known.get(node.name)
-    source = known.get(node.all_input_nodes[0].name)
-    if not isinstance(spec, TensorSpec) or not isinstance(source, TensorSpec):
-        return False
-    op = program.op(node)
-    if op not in ("flatten", "mean") or len(source.shape) < 3 or source.shape[1] != count:
-        return False
-    return spec.shape == source.shape[:2]
+def _keeps_channels_apart(program: Program, node: fx.Node) -> bool:
+    """Whether a node pools, averages or takes away places alone, of a value with its channels on axis 1."""
+    call, rank = program.call(node), _rank(program, node.all_input_nodes[0])
+    if call.op == "flatten":
+        known = program.analysis(shapes)
+        spec, source = known.get(node.name), known.get(node.all_input_nodes[0].name)
+        return isinstance(spec, TensorSpec) and isinstance(source, TensorSpec) and spec.shape == source.shape[:2]
+    if call.op == "mean":
+        given: Any = call.arguments.get("dim")
+        dims = (given,) if isinstance(given, int) else given
+        return isinstance(dims, tuple | list) and bool(dims) and all(dim % rank > 1 for dim in dims)
+    return _POOLS.get(call.op) == rank - 2
 
 
 def _reads_channels(program: Program, node: fx.Node, count: int, *, last: bool) -> bool:
     layer: Any = program.module_of(node)
     op = program.op(node)
-    if layer is None or (op != "linear" and op not in _CONVOLUTIONS) or not _is_own(program, node):
+    if layer is None or (op != "linear" and op not in _CONVOLVED) or not _is_own(program, node):
         return False
     if op == "linear":
         return last and layer.in_features == count

@@ -68,8 +68,8 @@ class Quantizer(ABC):
     def round_ahead(self, program: Program) -> None:
         """Rounds the weights of a prepared program, for its copies to know."""
 
-    def prepared(self, program: Program, units: Units) -> tuple[Program, list[Rewrite]]:
-        """The program as it is to be before anything is quantized, and the decisions that make it so."""
+    def prepared(self, program: Program, units: Units) -> tuple[Program, list[Rewrite | Skip]]:
+        """The program as it is to be before anything is quantized, and the decisions that make it so, or do not."""
         return program, []
 
     def _quantized(self, program: Program, units: Units) -> Program:

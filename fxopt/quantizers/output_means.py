@@ -72,7 +72,7 @@ def mean_loss(original: Program, program: Program, name: str, weight: Tensor) ->
             now.before(name)
             given = functional_call(layer, {"weight": weight.to(cast("Any", layer).weight)}, (now.argument(name),))
             lost = (before.values[name] - given).double()
-            lost = lost.movedim(outputs, 0).flatten(1)
+            lost = lost.movedim(outputs, 0).reshape(len(weight), -1)
             total, count = total + lost.sum(1), count + lost.shape[1]
             advance(1)
     return cast("Tensor", total / count)

@@ -151,6 +151,9 @@ def _write_out(program: Program, node: fx.Node) -> _Written:
     elif mask is not None:
         scores = insert(torch.add, scores, mask)
     shares = insert(torch.softmax, scores, -1)
+    if mask is not None:
+        # a query for which nothing is left has shares of zero, as torch gives it
+        shares = insert(torch.nan_to_num, shares, 0.0)
     edit.set_call(program, node, torch.matmul, (shares, value))
     return _Written(left, right, product, shares, value, scale)
 

@@ -37,6 +37,7 @@ from fxopt.quantizers.products import ATTENTION, Products, find_products, operan
 from fxopt.quantizers.sensitivity import Units, quantized_sqnr
 from fxopt.quantizers.weights import WeightCodes, WeightRounding
 from fxopt.rounding import Rounding
+from fxopt.verify import Reference
 
 if TYPE_CHECKING:
     from fxopt.program import Program
@@ -95,8 +96,8 @@ class StaticQuantizer(Quantizer):
         # these see what has become of all others
         yield from kept
 
-    def prepared(self, program: Program, units: Units) -> tuple[Program, list[Rewrite]]:
-        """The program with its channels scaled."""
+    def prepared(self, program: Program, units: Units) -> tuple[Program, list[Rewrite | Skip]]:
+        """The program with its channels scaled, if that changes no output."""
         if self.equalize == "off":
             return program, []
         names = [name for names in units for name in names]
@@ -104,7 +105,14 @@ class StaticQuantizer(Quantizer):
         for found in equalizations(program, names, per_channel=self.per_channel):
             decisions.append(_decision(found))
             self.apply(scaled, decisions[-1])
-        return (scaled, decisions) if decisions else (program, [])
+        if not decisions:
+            return program, []
+        reference = Reference.of(program)
+        difference = reference.difference(scaled)
+        if not difference.within(reference.tolerance):
+            why = f"its channels are not scaled, as that changes outputs: {difference}"
+            return program, [Skip(decision.node, why) for decision in decisions]
+        return scaled, [*decisions]
 
     def round_ahead(self, program: Program) -> None:
         weights, _ = self._weights(program)

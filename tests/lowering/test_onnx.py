@@ -335,6 +335,66 @@ def test_attention_over_any_number_of_axes_with_a_mask(shape: tuple[int, ...], l
     torch.testing.assert_close(compiled(*others), Masked()(*others), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "pool",
+    [
+        nn.AvgPool1d(2, ceil_mode=True),
+        nn.AvgPool1d(4, 3, 1, ceil_mode=True),
+        nn.AvgPool2d(2, ceil_mode=True),
+        nn.AvgPool2d((3, 2), 2, (1, 0)),
+        nn.AvgPool2d(2, divisor_override=3),
+        nn.AvgPool2d((3, 2), 2, (1, 0), divisor_override=5),
+        nn.AvgPool3d(2, divisor_override=3),
+    ],
+    ids=str,
+)
+def test_averages_in_floating_point_and_of_integers(pool: nn.Module) -> None:
+    axes = int(type(pool).__name__[-2])
+    torch.manual_seed(0)
+    convolution = getattr(nn, f"Conv{axes}d")
+    model = nn.Sequential(convolution(8, 8, 3, padding=1), nn.ReLU(), pool, convolution(8, 4, 1)).eval()
+    batches = [torch.randn(4, 8, *[7] * axes, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
+    with torch.no_grad():
+        expected = model(batches[0])
+    exact = fxopt.compile(model, (batches[0],), passes=[], backend=BACKEND)
+    torch.testing.assert_close(exact(batches[0]), expected, rtol=1e-4, atol=1e-5)
+    if getattr(pool, "ceil_mode", False) and pool.padding not in (0, (0,)):
+        return  # ONNX Runtime's integer kernel divides otherwise, which parity finds
+    integers = fxopt.compile(model, (batches[0],), passes=["default", "quantize"], backend=BACKEND, calibration=batches)
+    assert compare((expected,), (integers(batches[0]),)).sqnr_db > 30
+
+
+def test_an_average_that_onnx_does_not_have_is_refused() -> None:
+    model = nn.Sequential(nn.AvgPool2d(2, ceil_mode=True, divisor_override=3))
+    with pytest.raises(BackendError, match="no average pooling with divisor_override and ceil_mode"):
+        fxopt.compile(model, (torch.randn(2, 3, 7, 7),), passes=[], backend=BACKEND)
+
+
+def test_bounds_of_a_clamp_may_be_a_whole_number_and_one_that_is_not() -> None:
+    class Clamped(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.clamp(0, 0.3)
+
+    x = torch.randn(3, 8)
+    assert torch.equal(fxopt.compile(Clamped(), (x,), passes=[])(x), x.clamp(0, 0.3))
+
+
+@pytest.mark.parametrize("pass_", ["quantize", "quantize(mode='weight_only')", "cluster_weights"])
+def test_an_input_that_is_handed_out_beside_integers(pass_: str) -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer = nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            return x, self.layer(x)
+
+    x = torch.randn(2, 8, 6, 6)
+    given, _ = fxopt.compile(Both().eval(), (x,), passes=["default", pass_], calibration=[x])(x)
+    assert torch.equal(given, x)
+
+
 def test_bounds_that_are_buffers_survive_two_clamps_in_a_row() -> None:
     class Clamped(nn.Module):
         def __init__(self) -> None:

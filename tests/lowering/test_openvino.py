@@ -291,3 +291,13 @@ def test_an_operator_that_it_does_not_know_is_named() -> None:
     program = fxopt.capture(Determinant(), torch.randn(2, 3, 3))
     with pytest.raises(BackendError, match=r"OpenVINO cannot read the model: .*Det.*\. backend='onnx' may run it"):
         BACKEND.lower(program, dynamic_batch=False)
+
+
+def test_blocks_that_do_not_fill_a_row_are_refused_with_what_does() -> None:
+    model, x = nn.Sequential(nn.Linear(100, 8)).eval(), torch.randn(2, 100)
+    advice = "0 has 100 inputs in blocks of 32, and OpenVINO takes whole blocks only: pass group_size=None to quantize"
+    with pytest.raises(BackendError, match=advice):
+        fxopt.compile(model, (x,), passes=["quantize(mode='weight_only', weight_bits=4)"], backend="openvino")
+    options = "mode='weight_only', weight_bits=4, group_size=None"
+    compiled = fxopt.compile(model, (x,), passes=[f"quantize({options})"], backend="openvino")
+    assert compiled(x).shape == (2, 8)

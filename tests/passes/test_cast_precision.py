@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -273,6 +274,23 @@ def test_values_that_do_not_fit_are_found_on_the_calibration_data() -> None:
 
 def assert_skips_with(model: nn.Module, x: Tensor, calibration: list[Tensor], whys: list[str]) -> None:
     assert_pass(CastPrecision(), model, x, rewrites=0, skips=whys, calibration=calibration)
+
+
+def test_values_that_are_too_small_are_found_on_the_calibration_data() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8, bias=False), nn.LayerNorm(8, eps=1e-30), nn.Linear(8, 4)).eval()
+    x = 1e-9 * torch.randn(4, 8)
+    program = fxopt.optimize(model, (x,), [CastPrecision()], calibration=[x])
+    (skip,) = (skip for skip in program.report.passes[0].skips if skip.node == "_0")
+    assert re.fullmatch(r"its input never exceeds \S+e-09, and below 6.1e-05 float16 loses digits", skip.why)
+    with torch.no_grad():
+        assert compare((model(x),), (program.module(x),)).sqnr_db > 50
+
+
+def test_an_activation_whose_bounds_are_too_large_stays_in_float32() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardtanh(0, 1e6), nn.Conv2d(8, 4, 1)).eval()
+    program = fxopt.optimize(model, (torch.randn(2, 3, 8, 8),), [CastPrecision()])
+    assert [item.node for item in program.report.passes[0].rewrites] == ["_0", "_2"]
 
 
 def test_an_operator_whose_result_is_too_large_stays_in_float32() -> None:

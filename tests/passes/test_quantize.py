@@ -406,6 +406,42 @@ def test_data_and_folding_are_asked_for(model: nn.Module, batches: list[Tensor])
         fxopt.optimize(model, (batches[0],), ["fold_batch_norm", "quantize"], calibration=bad)
 
 
+@pytest.mark.parametrize("backend", ["eager", "onnx"])
+def test_outputs_without_weights_keep_their_bias(backend: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[3]):
+            layer.weight[:2] = 0  # type: ignore[operator, index]
+            layer.bias[:2] = torch.tensor([0.13, -0.2])  # type: ignore[operator, index]
+    x = 100 * torch.rand(16, 3, 4, 4)
+    compiled = fxopt.compile(model, (x[:2],), passes=["default", "quantize"], calibration=[x], backend=backend)
+    torch.testing.assert_close(compiled(x[2:4])[:, :2], model(x[2:4])[:, :2], rtol=0, atol=0.01)
+
+
+@pytest.mark.parametrize("shape", [(3, 12, 12), (2, 3, 12, 12)])
+def test_images_with_and_without_a_batch_axis(shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3), nn.Flatten(-2), nn.Linear(64, 3)).eval()
+    images = [torch.randn(shape) for _ in range(4)]
+    program = fxopt.optimize(model, (images[0],), ["default", "quantize"], calibration=images)
+    assert [program.op(node) for node in program.nodes].count("quantized_tensor") >= 3
+    x = torch.randn(shape)
+    with torch.no_grad():
+        assert sqnr(model(x), program.module(x)) > 25
+
+
+def test_a_vector() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    program = fxopt.optimize(
+        model, (torch.randn(8),), ["default", "quantize"], calibration=[torch.randn(8) for _ in range(64)]
+    )
+    x = torch.randn(8)
+    with torch.no_grad():
+        assert sqnr(model(x), program.module(x)) > 20
+
+
 def test_data_of_one_value_do_no_harm(model: nn.Module, batches: list[Tensor]) -> None:
     program = quantized(model, [torch.zeros(4, 3, 12, 12)])
     assert bool(program.module(batches[0]).isfinite().all())
