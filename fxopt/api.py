@@ -21,6 +21,7 @@ from fxopt.frontends.capture import capture as _capture
 from fxopt.layer_times import LayerTimes
 from fxopt.lowering_checks import check_free_axes, check_parity, refuse_fake_quantization, refuse_training
 from fxopt.manager import OnFailure, OnNoMatch, PassManager, Verify
+from fxopt.parity import computes_otherwise
 from fxopt.passes_base import Pass, Plan
 from fxopt.program import Loss, Program
 from fxopt.registry import make_backend
@@ -355,7 +356,7 @@ def _lowered(
     report = program.report.copy()
     report.notes += [str(note) for note in engine.info().get("notes", ())]
     if verify == "numerics":
-        reason = engine.cannot_run()
+        reason = engine.cannot_run() or computes_otherwise(program)
         if reason is None:
             check_parity(program, engine, backend)
         else:

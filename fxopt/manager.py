@@ -290,7 +290,7 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
     for index, pass_ in enumerate(passes):
         for name in sorted(pass_.requires - provided_by.keys()):
             later = next((other.name for other in passes[index:] if name in other.provides), None)
-            known = ", ".join(other for other, kind in registry.passes().items() if name in kind.provides)
+            known = " or ".join(other for other, kind in registry.passes().items() if name in kind.provides)
             advice = f"put {later or known} before it" if later or known else "add a pass that provides it"
             raise PipelineError(f"{pass_.name} requires a program that is {name!r}: {advice}")
         for name in sorted(pass_.refuses & provided_by.keys()):

@@ -18,13 +18,14 @@ from fxopt.edit import insert_before, set_operand
 from fxopt.ops import DYNAMIC
 from fxopt.randomness import fixed_random_state
 from fxopt.sharing import buffers_restored
+from fxopt.target import Target
 from fxopt.verify import Reference, seeded_run
 
 if TYPE_CHECKING:
     from fxopt.backend import Backend, Engine
     from fxopt.program import Program
 
-__all__ = ["Expected", "disagreement"]
+__all__ = ["Expected", "computes_otherwise", "disagreement"]
 
 _NOISE = 0.02
 """Of the step between two integers, at the most: one number in a hundred then goes to the other integer, which is what
@@ -108,6 +109,16 @@ def disagreement(program: Program, engine: Engine, backend: Backend, expected: E
         if objection is not None:
             return objection
     return None
+
+
+def computes_otherwise(program: Program) -> str | None:
+    """Why an engine of that program answers otherwise on this machine than where it is for; None if it does not."""
+    here = Target.detect()
+    if program.target.device != "cpu" or not program.target.adds_products_in_32_bits or here.adds_products_in_32_bits:
+        return None
+    if not any(program.op(node) in DYNAMIC | {"quantize"} for node in program.nodes):
+        return None
+    return f"it is for {program.target.instruction_set}, and {here.instruction_set} adds up its integers in 16 bits"
 
 
 def _takes(engine: Engine, inputs: Sequence[torch.Tensor]) -> bool:

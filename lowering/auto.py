@@ -19,7 +19,7 @@ from fxopt.backend import Backend, Engine, FixedBatchWarning, tensor_device
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable, FxoptError, first_line
 from fxopt.integer_scheme import Scheme
 from fxopt.options import check_flag
-from fxopt.parity import Expected, disagreement
+from fxopt.parity import Expected, computes_otherwise, disagreement
 from fxopt.progress import progress
 from fxopt.registry import backends, make_backend
 from fxopt.timing import Timing, measure, whole_call
@@ -93,7 +93,7 @@ class AutoBackend(Backend):
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         trials: list[_Trial] = []
-        expected = Expected.of(program) if self.verify else None
+        expected = Expected.of(program) if self.verify and computes_otherwise(program) is None else None
         chosen = self._backends()
         with progress("lowering to", len(chosen), "backends") as advance:
             for backend in chosen:

@@ -472,7 +472,7 @@ PACK = made("pack", requires=["quantized"])
         ),
         ([QUANTIZE, QUANTIZE], "quantize cannot run on a program that is 'quantized' already"),
         ([PACK, QUANTIZE], "pack requires a program that is 'quantized': put quantize before it"),
-        ([PACK], "pack requires a program that is 'quantized': put freeze_quantization, quantize before it"),
+        ([PACK], "pack requires a program that is 'quantized': put freeze_quantization or quantize before it"),
     ],
 )
 def test_a_wrong_order_names_both_passes_and_runs_nothing(program: Program, passes: list[Pass], message: str) -> None:

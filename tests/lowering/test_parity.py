@@ -18,6 +18,7 @@ from fxopt.compare import Difference
 from fxopt.lowering import OnnxBackend
 from fxopt.parity import Expected, disagreement
 from fxopt.passes import Quantize
+from fxopt.target import Target
 from fxopt.verify import Reference
 
 
@@ -230,3 +231,19 @@ def test_a_program_in_floating_point_is_held_to_rounding() -> None:
     assert expected.moved == ()
     assert objection(1.0) is None
     assert objection(0.99) is not None
+
+
+@pytest.mark.parametrize("backend", ["onnx", "auto(candidates=('onnx',), rounds=1)"])
+def test_an_engine_for_another_processor_is_not_compared_here(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights of eight bits, any two of them large: without VNNI sums of 16 bits saturate."""
+    monkeypatch.setattr(Target, "detect", lambda device="cpu": Target(device=device, instruction_set="AVX2"))
+    model = nn.Sequential(nn.Linear(64, 8))
+    with torch.no_grad():
+        model[0].weight.fill_(1.0)
+    x = torch.rand(4, 64)
+    for instructions, compared in (("AVX512 VNNI", False), ("AVX2", True)):
+        target = Target(instruction_set=instructions)
+        passes = ["default", Quantize()]
+        compiled = fxopt.compile(model, (x,), passes=passes, calibration=[x], backend=backend, target=target)
+        why = "it is for AVX512 VNNI, and AVX2 adds up its integers in 16 bits"
+        assert (f"the engine was not compared with the program: {why}" in compiled.report.notes) != compared
