@@ -231,7 +231,7 @@ def test_the_part_aware_quantizes_trains_and_runs(tmp_path: Path, monkeypatch: p
     subjects = [(found["network"], found["bits"], found["scales"]) for found in data["results"]]
     assert subjects == [("resnet14", 4, "channel"), ("resnet14", 4, "tensor")]
     for found in data["results"]:
-        assert list(found["rows"]) == [aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE]
+        assert list(found["rows"]) == [aware.FLOAT, aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE]
         assert all(row["divergence"] >= 0 and row["accuracy"] <= 1 for row in found["rows"].values())
     assert code == int(not all(bar["met"] for bar in data["bars"]))
     text = (tmp_path / "aware.md").read_text()
@@ -251,10 +251,10 @@ def test_the_part_aware_keeps_what_it_does_not_measure(tmp_path: Path, monkeypat
 
 def test_bars_of_the_part_aware() -> None:
     def bars(accuracy: tuple[float, ...], divergence: tuple[float, ...] = (0.2, 0.1, 0.01, 0.01)) -> list[bool]:
-        names = (aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE)
-        found = zip(names, accuracy, divergence, strict=True)
-        rows = {name: {"accuracy": right, "divergence": apart} for name, right, apart in found}
-        result = {"network": "net", "bits": 4, "scales": "channel", "float": 0.9, "rows": rows}
+        names = (aware.FLOAT, aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE)
+        found = zip(names, (0.9, *accuracy), (0.0, *divergence), strict=True)
+        rows = {name: {"accuracy": right, "divergence": apart, "wrong": [0]} for name, right, apart in found}
+        result = {"network": "net", "bits": 4, "scales": "channel", "rows": rows}
         return [met for _, met in aware.verdicts([result])]
 
     assert bars((0.7, 0.8, 0.85, 0.85)) == [True, True, True]

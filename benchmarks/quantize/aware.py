@@ -1,8 +1,8 @@
 """The part `aware`: few bits after training and in training, and whether the engine keeps what training gained.
 
-Of 10,000 images a network of four bits may lose five or so, fewer than chance moves from one training to the next. So
-the divergence of probabilities from those of the float network is measured too (Kullback-Leibler, the mean over the
-test images): every image tells something of it.
+Of 10,000 images a network of four bits may lose five or so, fewer than chance moves from one training to the next: each
+bar says how often equals differ as much. So the divergence of probabilities from those of the float network is measured
+too (Kullback-Leibler, the mean over the test images): every image tells something of it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import fxopt
 from benchmarks.fashion_mnist import FOLDER, Images, images, train
 from benchmarks.kept import kept
 from benchmarks.quantize.measure import logits
+from benchmarks.quantize.table import sign_test
 from benchmarks.quantize.trained import TRAINED
 from benchmarks.results import Table, save, verdict_data, verdict_lines
 from fxopt.passes import Quantize
@@ -32,12 +33,13 @@ RECOVERED = 0.5
 APART = 0.001
 """In accuracy, the engine from the program that was trained."""
 
-NEAREST, GPTQ, TRAINING, ENGINE = "after training, nearest", "after training, gptq", "qat", "qat, onnx engine"
+FLOAT, NEAREST, GPTQ = "not", "after training, nearest", "after training, gptq"
+TRAINING, ENGINE = "qat", "qat, onnx engine"
 
-_ACCURACY, _DIVERGENCE = "accuracy", "divergence"
+_ACCURACY, _DIVERGENCE, _WRONG = "accuracy", "divergence", "wrong"
 
 Result = dict[str, Any]
-Row = dict[str, float]
+Row = dict[str, Any]
 
 
 def run(arguments: argparse.Namespace) -> bool:
@@ -53,7 +55,6 @@ def run(arguments: argparse.Namespace) -> bool:
     for name in arguments.trained:
         model = TRAINED[name]()
         expected = _answers(model, test)
-        whole = _row(expected, expected, test)[_ACCURACY]
         for bits, scales in product(arguments.bits, arguments.scales):
             options = {"weight_bits": bits, "per_channel": scales == "channel"}
             rows = _rows(model, options, calibration, data.first(arguments.training), test, expected, arguments)
@@ -64,9 +65,7 @@ def run(arguments: argparse.Namespace) -> bool:
                 "rate": arguments.rate,
                 "test": arguments.images,
             }
-            results.append(
-                {"network": name, "bits": bits, "scales": scales, "float": whole, "training": training, "rows": rows}
-            )
+            results.append({"network": name, "bits": bits, "scales": scales, "training": training, "rows": rows})
             # an epoch takes minutes: what is known is written
             _save(arguments, results)
     return all(met for _, met in verdicts(results))
@@ -76,13 +75,14 @@ def verdicts(results: list[Result]) -> list[tuple[str, bool]]:
     """Each bar in words with its numbers, and whether it is met."""
     found = []
     for result in results:
-        rows, whole, subject = result["rows"], result["float"], _subject(result)
+        rows, subject = result["rows"], _subject(result)
         after = [rows[name] for name in (NEAREST, GPTQ)]
-        lost, left = whole - max(row[_ACCURACY] for row in after), whole - rows[ENGINE][_ACCURACY]
+        best = max(after, key=lambda row: float(row[_ACCURACY]))
+        lost, left = (rows[FLOAT][_ACCURACY] - row[_ACCURACY] for row in (best, rows[ENGINE]))
         found.append(
             (
-                f"{subject}: {100 * lost:.2f} points lost after training, {100 * left:.2f} with it; "
-                f"bar {RECOVERED:.0%} won back",
+                f"{subject}: {100 * lost:.2f} points lost after training (p {_chance(rows[FLOAT], best):.2f}), "
+                f"{100 * left:.2f} with it (p {_chance(rows[FLOAT], rows[ENGINE]):.2f}); bar {RECOVERED:.0%} won back",
                 left <= (1 - RECOVERED) * max(lost, 0.0) + 1e-9,
             )
         )
@@ -119,7 +119,8 @@ def _rows(
     def measured(run: Callable[[Tensor], Tensor]) -> Row:
         return _row(expected, _answers(run, test), test)
 
-    rows = {NEAREST: measured(quantized(round="nearest")), GPTQ: measured(quantized(round="gptq"))}
+    rows = {FLOAT: _row(expected, expected, test)}
+    rows |= {NEAREST: measured(quantized(round="nearest")), GPTQ: measured(quantized(round="gptq"))}
     module = quantized(mode="qat").to(memory_format=torch.channels_last)
     teacher = copy.deepcopy(model).to(memory_format=torch.channels_last)
     train(module, data, epochs=arguments.epochs, rate=arguments.rate, teacher=teacher)
@@ -135,10 +136,15 @@ def _answers(run: Callable[[Tensor], Tensor], test: Images) -> Tensor:
 
 
 def _row(expected: Tensor, found: Tensor, test: Images) -> Row:
-    """The accuracy, and how far probabilities are from the expected ones, in nats."""
-    right = (found.argmax(1) == test.labels).double().mean()
+    """The accuracy, the places of wrong answers, and how far probabilities are from the expected ones, in nats."""
+    wrong = (found.argmax(1) != test.labels).nonzero().flatten().tolist()
     known, said = (answers.double().log_softmax(1) for answers in (expected, found))
-    return {_ACCURACY: float(right), _DIVERGENCE: float((known.exp() * (known - said)).sum(1).mean())}
+    divergence = float((known.exp() * (known - said)).sum(1).mean())
+    return {_ACCURACY: 1 - len(wrong) / len(test), _DIVERGENCE: divergence, _WRONG: wrong}
+
+
+def _chance(one: Row, other: Row) -> float:
+    return sign_test(set(one[_WRONG]), set(other[_WRONG]))
 
 
 def _subject(result: Result) -> str:
@@ -161,12 +167,13 @@ def _save(arguments: argparse.Namespace, results: list[Result]) -> None:
                 *(f"{100 * row[_ACCURACY]:.2f}", f"{1e3 * row[_DIVERGENCE]:.2f}"),
             ]
             for result in results
-            for name, row in {"not": {_ACCURACY: result["float"], _DIVERGENCE: 0.0}, **result["rows"]}.items()
+            for name, row in result["rows"].items()
         ],
         [
             *verdict_lines(bars),
             "qat: from what gptq gave, by SGD, to the probabilities of the float network; activations of 8 bits; "
             "eager, but for the engine",
+            "p: how often an equally good network differs from the float one by as many answers (McNemar's exact test)",
             *(f"qat of {_subject(result)}: {_training(**result['training'])}" for result in results),
             "divergence (Kullback-Leibler) of the probabilities from those of the float network, the mean of images",
             "8 bits are 7 where the processor adds up products in 16 bits",

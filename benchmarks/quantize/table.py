@@ -12,7 +12,7 @@ from benchmarks.results import Table, number_text, shorten, verdict_lines
 from benchmarks.timing import Spread
 from fxopt.target import Target
 
-__all__ = ["quantize_table", "verdicts"]
+__all__ = ["quantize_table", "sign_test", "verdicts"]
 
 ACCURACY_DROP = 0.002
 """Of the accuracy of the float network."""
@@ -99,13 +99,18 @@ def _fidelity_bars(network: str, row: Result, peers: Sequence[Result]) -> list[t
         theirs = f"{number_text(best[key], digits=digits)} of {best['method']}"
         text = f"{network}: {name} {number_text(row[key], digits=digits)}; the best peer's {theirs}"
         if key == "agreement" and "differs" in row and "differs" in best:
-            text += f"; p {_sign_test(set(row['differs']), set(best['differs'])):.2f}"
+            text += f"; p {sign_test(set(row['differs']), set(best['differs'])):.2f}"
         found.append((text, _number(row[key]) >= _number(best[key])))
     return found
 
 
-def _sign_test(ours: set[int], theirs: set[int]) -> float:
-    """How often two methods that are equally good differ by as many images as these do, or more (McNemar, exact)."""
+def sign_test(ours: set[int], theirs: set[int]) -> float:
+    """How often two methods that are equally good differ by as many images as these do, or more (McNemar, exact).
+
+    Args:
+        ours: places of the images on which one fails.
+        theirs: the same of the other.
+    """
     fewer, all_ = min(len(ours - theirs), len(theirs - ours)), len(ours ^ theirs)
     return min(1.0, 2 * sum(math.comb(all_, count) for count in range(fewer + 1)) / 2**all_)
 
