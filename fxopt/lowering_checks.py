@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fxopt.analysis.identities import is_identity
+from fxopt.analysis.measurements import measured
 from fxopt.backend import Backend, Engine
 from fxopt.errors import BackendError
 from fxopt.ops import DROPOUTS, MODE_DEPENDENT
@@ -68,7 +69,7 @@ def check_parity(program: Program, engine: Engine, backend: Backend) -> None:
     Raises:
         BackendError: if they are further apart than rounding explains, and noise on integers.
     """
-    expected = Expected.of(program)
+    expected = measured(program, Expected.of)
     difference = disagreement(program, engine, backend, expected)
     if difference is not None:
         integers = "Try another backend, or keep layers in float by quantize's min_sqnr_db or ignore. "

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
+from fxopt.analysis.measurements import measured
 from fxopt.backend import Backend, Engine, FixedBatchWarning, tensor_device
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable, FxoptError, first_line
 from fxopt.integer_scheme import Scheme
@@ -93,7 +94,8 @@ class AutoBackend(Backend):
 
     def lower(self, program: Program, *, dynamic_batch: bool) -> Engine:
         trials: list[_Trial] = []
-        expected = Expected.of(program) if self.verify and computes_otherwise(program) is None else None
+        # `compile` asks for the same
+        expected = measured(program, Expected.of) if self.verify and computes_otherwise(program) is None else None
         chosen = self._backends()
         with progress("lowering to", len(chosen), "backends") as advance:
             for backend in chosen:

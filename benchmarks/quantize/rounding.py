@@ -57,7 +57,7 @@ def verdicts(results: list[Result]) -> list[tuple[str, bool]]:
         for scheme in SCHEMES:
             rows = {row["round"]: row["sqnr_db"] for row in result["rows"] if row["scheme"] == scheme}
             for name in ("adaround", "gptq"):
-                text = f"{result['network']}, {scheme}: {name} {rows[name]:.1f} dB, nearest {rows['nearest']:.1f}"
+                text = f"{result['network']}, {scheme}: {name} {rows[name]:.2f} dB, nearest {rows['nearest']:.2f}"
                 found.append((text, rows[name] > rows["nearest"]))
     return found
 

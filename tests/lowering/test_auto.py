@@ -17,6 +17,7 @@ from fxopt.backend import Backend, Engine
 from fxopt.errors import ArtifactError, BackendError, BackendUnavailable, RegistryError
 from fxopt.integer_scheme import Scheme
 from fxopt.lowering import AutoBackend, EagerBackend
+from fxopt.parity import Expected
 from fxopt.registry import make_backend
 from tests.slow_backend import SlowBackend
 
@@ -145,6 +146,19 @@ def test_nothing_is_left(x: Tensor) -> None:
         compiled(x, AutoBackend(candidates=("failing", "wrong")))
     with pytest.raises(BackendUnavailable, match="none of its backends can be used: absent: pip install it"):
         compiled(x, AutoBackend(candidates=("absent",)))
+
+
+def test_what_engines_are_held_to_is_found_once(x: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Program] = []
+    known = Expected.of
+
+    def counted(program: Program) -> Expected:
+        found.append(program)
+        return known(program)
+
+    monkeypatch.setattr(Expected, "of", counted)
+    compiled(x, PAIR)
+    assert len(found) == 1
 
 
 def test_engines_that_answer_otherwise_are_kept_if_that_is_wanted(x: Tensor) -> None:
