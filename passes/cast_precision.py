@@ -69,6 +69,7 @@ _LAYOUT = frozenset(
 
 _FOLLOWS = (_ELEMENTWISE - _FLOAT32) | _LAYOUT | DROPOUTS
 
+_BITS = 8  # that bfloat16 has: the largest number of a value must have as many
 _VANISHING = 0.1  # share of a weight's numbers that may become zero
 
 
@@ -138,6 +139,11 @@ class CastPrecision(Pass):
     def _limit(self) -> float:
         return float(torch.finfo(self._torch).max)
 
+    @property
+    def _least(self) -> float:
+        """Of the numbers that have so many bits; smaller ones lose one with each halving."""
+        return float(torch.finfo(self._torch).tiny * torch.finfo(self._torch).eps * 2.0 ** (_BITS - 1))
+
     def _ignored(self, node: fx.Node) -> bool:
         return any(fnmatch(_label(node), pattern) for pattern in self.ignore)
 
@@ -176,10 +182,9 @@ class CastPrecision(Pass):
             if reached > self._limit and item not in _masks(program, node):
                 what = "output" if item is node else "input"
                 return f"its {what} reaches {reached:.3g}, and the largest {self.dtype} is {self._limit:.6g}"
-            smallest = torch.finfo(self._torch).tiny
-            if 0 < reached < smallest:
+            if 0 < reached < self._least:
                 what = "output" if item is node else "input"
-                return f"its {what} never exceeds {reached:.3g}, and below {smallest:.3g} {self.dtype} loses digits"
+                return f"its {what} never exceeds {reached:.3g}, where {self.dtype} has fewer than {_BITS} bits"
         return None
 
     def _reason_of_weight(self, tensor: Tensor) -> str | None:

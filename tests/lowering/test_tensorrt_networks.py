@@ -66,9 +66,11 @@ def test_engines_of_all_precisions(name: str) -> None:
         found = Counter((layer["type"], layer["precision"]) for layer in info["layers"])
         kernels = sum(found[kind, dtype] for kind in KERNELS)
         others = sum(count for (kind, held), count in found.items() if kind in KERNELS and held != dtype)
-        # of what computes most, nothing is left in another precision but what the passes leave: recurrent loops
+        # of what computes most, nothing is left in another precision but what the passes leave: recurrent loops in
+        # int8, and in float16 what dwindles in random networks from layer to layer
+        left = [skip for skip in program.report.passes[-1].skips if "fewer than 8 bits" in skip.why]
         assert kernels, (precision, found)
-        assert not others or (name == "lstm" and precision == "int8"), (precision, found)
+        assert others <= len(left) or (name == "lstm" and precision == "int8"), (precision, found, left)
         sizes[precision] = info["bytes"]
     # kernels come on top of the weights
     weights = base.cost().bytes
