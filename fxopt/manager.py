@@ -238,10 +238,14 @@ class PassManager:
         warnings.warn(message, NoMatchWarning, stacklevel=5)
 
 
-def _unmatched(patterns: Iterable[str], program: Program) -> list[str]:
-    """Those that match no path and no name of a node."""
-    names = {name for node in program.nodes for name in (node.name, str(node.target))}
-    return [pattern for pattern in patterns if not fnmatch.filter(names, pattern)]
+def _unmatched(patterns: object, program: Program) -> list[str]:
+    """Those that match no path of a layer or a tensor, and no name of a node that calls no layer."""
+    if not isinstance(patterns, tuple | list):
+        return []  # of a pass that means something else by it
+    named = ("call_function", "call_method")
+    names = {node.name if node.op in named else str(node.target) for node in program.nodes[:-1]}
+    names -= {str(node.target) for node in program.nodes if node.op == "placeholder"}
+    return [item for item in patterns if isinstance(item, str) and not fnmatch.filter(names, item)]
 
 
 def _apply(pass_: Pass, program: Program, rewrites: Iterable[Rewrite]) -> Program:

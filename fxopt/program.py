@@ -102,7 +102,7 @@ class Program:
             # a graph module owns its graph: what was handed out must neither follow later edits nor forbid them
             graph = _copy_graph(self._graph)
             graph.set_codegen(StructuredCodeGen(self.signature))
-            self._module = self._assemble(graph)
+            self._module = self._assemble(graph, _ProgramModule)
         return self._module
 
     @property
@@ -239,9 +239,12 @@ class Program:
                 raise InputError(f"calibration batch {index}: {error}") from error
             inputs = self.in_io_dtype(given)
             for name, tensor, example in zip(self.signature.names, inputs, self.example_inputs, strict=True):
-                if tensor.dtype != example.dtype or tensor.ndim != example.ndim:
-                    found, wanted = (f"{item.dtype} with {item.ndim} axes" for item in (tensor, example))
-                    raise InputError(f"calibration batch {index}: {name} is {found}, the example input {wanted}")
+                floating = tensor.is_floating_point() and example.is_floating_point()
+                if floating and tensor.dtype != example.dtype:
+                    raise InputError(
+                        f"calibration batch {index}: {name} is {tensor.dtype}, and the example input {example.dtype}: "
+                        "convert it first"
+                    )
             yield inputs, self.signature.targets_of(batch)
         if empty:
             once = iter(self.calibration) is self.calibration
@@ -354,9 +357,9 @@ class Program:
         known = self._modules_by_path
         self._modules_by_path = {key: value for key, value in known.items() if not f"{key}.".startswith(f"{path}.")}
 
-    def _assemble(self, graph: fx.Graph) -> fx.GraphModule:
+    def _assemble(self, graph: fx.Graph, kind: type[fx.GraphModule] = fx.GraphModule) -> fx.GraphModule:
         """A graph module over this program's modules."""
-        module = _ProgramModule(self._root, graph, class_name="Program")
+        module = kind(self._root, graph, class_name="Program")
         keep_persistence(module, self._root)
         module.training = self.training
         modes = {name: child.training for name, child in self._root.named_modules()}

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, cast
+from typing import ClassVar, cast
 
 import torch
 from torch import fx
@@ -26,8 +26,8 @@ from fxopt.errors import InputError
 from fxopt.fake_quantization import FakeQuantize, FakeQuantizedWeight
 from fxopt.passes_base import Pass, Rewrite, Skip
 from fxopt.program import Program
-from fxopt.quantization import Affine, QuantizedTensor, dequantize, quantize
-from fxopt.quantizers.static import integer_bias
+from fxopt.quantization import QuantizedTensor, dequantize, quantize
+from fxopt.quantizers.static import integer_bias, read_integers
 
 __all__ = ["FreezeQuantization"]
 
@@ -93,7 +93,7 @@ def _bias_of(program: Program, node: fx.Node, held: QuantizedTensor) -> Quantize
     call = program.call(layer)
     if call.op != "linear" or others or not program.scheme.integer_biases:
         return None
-    bias, source = call.arguments.get("bias"), _read(program, layer)
+    bias, source = call.arguments.get("bias"), read_integers(program, layer)
     if source is None or not isinstance(bias, fx.Node) or not _inside(bias, node) or len(bias.users) != 1:
         return None
     return integer_bias(cast("torch.Tensor", program.tensor_of(bias)).detach().double(), held.scale, source)
@@ -101,15 +101,6 @@ def _bias_of(program: Program, node: fx.Node, held: QuantizedTensor) -> Quantize
 
 def _inside(item: fx.Node, node: fx.Node) -> bool:
     return item.op == "get_attr" and str(item.target).startswith(f"{node.target}.")
-
-
-def _read(program: Program, layer: fx.Node) -> Affine | None:
-    """How integers stand for what a layer reads; None if it does not read any."""
-    source = cast("fx.Node", program.call(layer).arguments["input"])
-    if program.op(source) != "dequantize":
-        return None
-    given: Any = program.call(source).arguments
-    return Affine(program.scheme.activations, given["scale"], given["zero_point"])
 
 
 def _other_target(node: fx.Node, trained: str, multiplied: str) -> InputError:

@@ -143,14 +143,17 @@ def test_places_may_be_pooled_and_averaged() -> None:
     assert [item.readers for item in scalable_channels(captured(model, [torch.randn(2, 5, 8)]))] == [("reader",)]
 
 
-def test_scaling_that_changes_outputs_is_refused(images: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scaling_that_changes_outputs_is_refused_and_no_other(
+    images: list[Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, image = inverted(), (images[0][:2],)
-    wrong = next(iter(equalizations(captured(model, images), ["depthwise"], per_channel=True)))
+    wrong, right = list(equalizations(captured(model, images), ["depthwise", "project"], per_channel=True))
     wrong = wrong._replace(channels=wrong.channels._replace(readers=()))
-    monkeypatch.setattr("fxopt.quantizers.static.equalizations", lambda *_, **__: [wrong])
+    monkeypatch.setattr("fxopt.quantizers.static.equalizations", lambda *_, **__: [wrong, right])
     program = fxopt.optimize(model, image, ["fold_batch_norm", Quantize()], calibration=images, on_no_match="ignore")
     (skip,) = (skip for skip in program.report.passes[-1].skips if skip.node == "expand" and "scaled" in skip.why)
     assert skip.why.startswith("its channels are not scaled, as that changes outputs: relative error")
+    assert [item.node for item in program.report.passes[-1].rewrites if "factors" in item.params] == ["depthwise"]
 
 
 class Residual(nn.Module):

@@ -275,8 +275,7 @@ def test_calibration_batches_come_as_flat_inputs() -> None:
         ([], "calibration holds no batch$"),
         (iter(()), "calibration holds no batch; an iterator can be read once only"),
         ([3], "calibration batch 0: a calibration batch must be a tensor"),
-        ([torch.randn(4, 3).double()], "batch 0: input is torch.float64 with 2 axes, the example input torch.float32"),
-        ([torch.randn(4, 3), torch.randn(3)], "batch 1: input is torch.float32 with 1 axes, the example input"),
+        ([torch.randn(4, 3), torch.randn(4, 3).double()], "batch 1: input is torch.float64, and the example input"),
     ],
 )
 def test_calibration_that_is_of_no_use_is_refused(calibration: Iterable[Any] | None, message: str) -> None:

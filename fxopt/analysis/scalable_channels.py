@@ -89,7 +89,7 @@ def _behind(program: Program, giver: fx.Node) -> ScalableChannels | None:
                 return None
             if call.op in _ELEMENTWISE or (not last and _keeps_channels_apart(program, user)):
                 reached.append(user)
-            elif _reads_channels(program, user, count, last=last or _rank(program, value) == 2):
+            elif _reads_channels(program, user, count, _rank(program, value), last=last):
                 readers.append(user.name)
                 if value.name not in values:
                     values.append(value.name)
@@ -117,12 +117,13 @@ def _keeps_channels_apart(program: Program, node: fx.Node) -> bool:
     return _POOLS.get(call.op) == rank - 2
 
 
-def _reads_channels(program: Program, node: fx.Node, count: int, *, last: bool) -> bool:
+def _reads_channels(program: Program, node: fx.Node, count: int, rank: int, *, last: bool) -> bool:
     layer: Any = program.module_of(node)
     op = program.op(node)
     if layer is None or (op != "linear" and op not in _CONVOLVED) or not _is_own(program, node):
         return False
     if op == "linear":
-        return last and layer.in_features == count
+        return (last or rank == 2) and layer.in_features == count
     # what a convolution pads with must be zero
-    return not last and layer.in_channels == count and layer.padding_mode == "zeros"
+    batched = rank == _CONVOLVED[op] + 2
+    return not last and batched and layer.in_channels == count and layer.padding_mode == "zeros"

@@ -11,7 +11,7 @@ held as integers: eager execution simulates what an engine computes with integer
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -42,7 +42,7 @@ from fxopt.verify import Reference
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["KERNELS", "Equalize", "StaticQuantizer", "integer_bias"]
+__all__ = ["KERNELS", "Equalize", "StaticQuantizer", "integer_bias", "read_integers"]
 
 Equalize = Literal["auto", "off"]
 
@@ -101,18 +101,32 @@ class StaticQuantizer(Quantizer):
         if self.equalize == "off":
             return program, []
         names = [name for names in units for name in names]
-        scaled, decisions = program.copy(), []
-        for found in equalizations(program, names, per_channel=self.per_channel):
-            decisions.append(_decision(found))
-            self.apply(scaled, decisions[-1])
+        decisions = [_decision(found) for found in equalizations(program, names, per_channel=self.per_channel)]
         if not decisions:
             return program, []
         reference = Reference.of(program)
-        difference = reference.difference(scaled)
-        if not difference.within(reference.tolerance):
-            why = f"its channels are not scaled, as that changes outputs: {difference}"
-            return program, [Skip(decision.node, why) for decision in decisions]
-        return scaled, [*decisions]
+        scaled = self._applied(program, decisions)
+        if reference.difference(scaled).within(reference.tolerance):
+            return scaled, [*decisions]
+        found: list[Rewrite | Skip] = []
+        scaled = program
+        for decision in decisions:
+            tried = self._applied(scaled, [decision])
+            difference = reference.difference(tried)
+            if difference.within(reference.tolerance):
+                scaled = tried
+                found.append(decision)
+            else:
+                why = f"its channels are not scaled, as that changes outputs: {difference}"
+                found.append(Skip(decision.node, why))
+        return scaled, found
+
+    def _applied(self, program: Program, decisions: Iterable[Rewrite]) -> Program:
+        """A copy with these carried out."""
+        changed = program.copy()
+        for decision in decisions:
+            self.apply(changed, decision)
+        return changed
 
     def round_ahead(self, program: Program) -> None:
         weights, _ = self._weights(program)
@@ -187,11 +201,7 @@ class StaticQuantizer(Quantizer):
 
     def _ranged(self, program: Program, units: Units) -> Program:
         """A copy of a prepared program in which values are quantized and weights are not."""
-        found = program.copy()
-        for decision in self.decisions(program, units):
-            if "layers" not in decision.params:
-                self.apply(found, decision)
-        return found
+        return self._applied(program, (item for item in self.decisions(program, units) if "layers" not in item.params))
 
     def _last_layers(self, program: Program) -> set[str]:
         """The layers whose bias makes up for what all others lose on average."""
@@ -256,6 +266,7 @@ class StaticQuantizer(Quantizer):
         layers = [program.node(name) for name in params["layers"]]
         first, layer = layers[0], cast("Any", program.module_of(layers[0]))
         found = self.weight_codes(program, original, params)
+        found = found.with_room_for(_biases(program, layers, found))
         bias = None
         if len(layers) == 1:
             whole = found.bias(layer.bias)
@@ -279,6 +290,26 @@ def _decision(found: Equalization) -> Rewrite:
         f"{len(found.factors)} channels scaled, for {listed(readers)}: {1 - found.noise:.0%} less noise is expected",
         {"factors": found.factors.tolist(), "readers": list(readers)},
     )
+
+
+def _biases(program: Program, layers: Sequence[fx.Node], found: WeightCodes) -> Tensor:
+    """Of layers that share a weight, the largest bias over the step of what its layer reads, float64[outputs]."""
+    largest = torch.zeros_like(found.offset)
+    for layer in layers:
+        source = read_integers(program, layer)
+        bias = found.bias(cast("Any", program.module_of(layer)).bias)
+        if source is not None:
+            largest = torch.maximum(largest, bias.abs() / source.scale)
+    return largest
+
+
+def read_integers(program: Program, layer: fx.Node) -> Affine | None:
+    """How integers stand for what a layer reads; None if it does not read any."""
+    source = cast("fx.Node", program.call(layer).arguments["input"])
+    if program.op(source) != "dequantize":
+        return None
+    given: Any = program.call(source).arguments
+    return Affine(program.scheme.activations, given["scale"], given["zero_point"])
 
 
 def integer_bias(bias: Tensor, scale: Tensor, source: Affine) -> QuantizedTensor | None:

@@ -6,7 +6,7 @@ All that a pass asks for is rounded in one run, and kept with the program until 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 __all__ = ["WeightCodes", "WeightRounding", "round_weights"]
 
 
+_LARGEST_BIAS = 2.0**30  # in steps: leaves as much room again for the products
+
+
 @dataclass(frozen=True)
 class WeightCodes:
     """A layer's weight as integers.
@@ -45,6 +48,20 @@ class WeightCodes:
     def bias(self, old: Tensor | None) -> Tensor:
         """The bias that takes it up, float64[outputs], given the layer's own."""
         return self.offset if old is None else old.detach().double() + self.offset
+
+    def with_room_for(self, biases: Tensor) -> WeightCodes:
+        """The same with scales as large as it takes for biases to be counted in 32 bits.
+
+        Where that changes a scale, all that its weights can give is less than a ten-thousandth of the bias.
+
+        Args:
+            biases: over the step of what the layer reads, float64[outputs], no negatives.
+        """
+        scale = torch.maximum(self.scale.double(), biases / _LARGEST_BIAS).float()
+        if torch.equal(scale, self.scale):
+            return self
+        share = (self.scale.double() / scale).reshape(-1, *[1] * (self.codes.ndim - 1))
+        return replace(self, codes=(self.codes * share).round().to(torch.int8), scale=scale)
 
 
 @dataclass(frozen=True)

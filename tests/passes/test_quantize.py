@@ -419,6 +419,22 @@ def test_outputs_without_weights_keep_their_bias(backend: str) -> None:
     torch.testing.assert_close(compiled(x[2:4])[:, :2], model(x[2:4])[:, :2], rtol=0, atol=0.01)
 
 
+@pytest.mark.parametrize("part", ["a channel", "all channels"])
+@pytest.mark.parametrize("size", [0.0, 1e-38, 1e-8, 1e-6, 1e-4])
+def test_weights_that_are_nothing_beside_the_bias(size: float, part: str) -> None:
+    """Engines count a bias in steps of the weight's scale, in 32 bits."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 8)).eval()
+    with torch.no_grad():
+        for layer in (model[0], model[3]):
+            layer.weight[: 1 if part == "a channel" else None] *= size  # type: ignore[operator, index]
+            layer.bias[:2] = torch.tensor([20.0, -5.0])  # type: ignore[operator, index]
+    x = torch.randn(16, 3, 4, 4)
+    compiled = fxopt.compile(model, (x[:2],), passes=["default", "quantize"], calibration=[x], backend="onnx")
+    with torch.no_grad():
+        assert sqnr(model(x[2:4]), compiled(x[2:4])) > 30
+
+
 @pytest.mark.parametrize("shape", [(3, 12, 12), (2, 3, 12, 12)])
 def test_images_with_and_without_a_batch_axis(shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
