@@ -5,9 +5,9 @@ are merged for the call and split again behind it; a missing one is added and ta
 axes of the query goes the same way; one of [tokens, tokens] is broadcast over whatever leads; any other is left to the
 exporter.
 
-Averages: a divisor of its own, which the exporter leaves out, is a factor behind (with ceil_mode it is refused). Windows that reach beyond the input
-(ceil_mode), where nothing is padded, leave out what is beyond: it is all the same whether padding counts, but ONNX
-Runtime's integer kernel (1.32) divides otherwise where it does.
+Averages: a divisor of its own, which the exporter leaves out, is a factor behind (with ceil_mode it is refused).
+Windows that reach beyond the input (ceil_mode), where nothing is padded, leave out what is beyond: it is all the same
+whether padding counts, but ONNX Runtime's integer kernel (1.32) divides otherwise where it does.
 
 Bounds of a clamp, one a whole number and one not. Inputs that are handed out: where the exporter does not optimize it
 gives the input the output's name.
