@@ -6,9 +6,8 @@ They take and give what `torch.nn.LSTM` and `torch.nn.GRU` do. Each layer is an 
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,11 +49,15 @@ class DynamicRecurrent(nn.Module):
 
     Attributes:
         gates: how many products each state is made of.
+        operator: what computes one layer.
+        tensors: what it takes behind its input and its states.
         batch_first: whether the batch is on axis 0 of what it reads and gives.
         layers: how many there are; the tensors of layer i are `codes_i`, `scale_i` and so on.
     """
 
     gates: ClassVar[int]
+    operator: ClassVar[Any]
+    tensors: ClassVar[type[LSTMLayer] | type[GRULayer]]
 
     def __init__(self, layers: Sequence[LSTMLayer | GRULayer], *, batch_first: bool) -> None:
         super().__init__()
@@ -72,9 +75,14 @@ class DynamicRecurrent(nn.Module):
         names = [f"{name}_{index}" for index in range(self.layers) for name in ("codes", "recurrent_codes")]
         return {name: self.get_buffer(name).numel() for name in names}
 
-    @abstractmethod
+    def layer(self, index: int) -> LSTMLayer | GRULayer:
+        """The tensors of one layer."""
+        return self.tensors(*(getattr(self, f"{name}_{index}") for name in self.tensors._fields))
+
     def run(self, index: int, value: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What one layer gives, steps on axis 0, and its states at the end."""
+        found: tuple[Tensor, ...] = self.operator(value, *states, *self.layer(index))
+        return found
 
     def through(self, value: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """What the last layer gives, and the states of all at the end.
@@ -113,15 +121,7 @@ class DynamicRecurrent(nn.Module):
 class DynamicLSTM(DynamicRecurrent):
     """An LSTM of `LSTMLayer`s."""
 
-    gates = 4
-
-    def layer(self, index: int) -> LSTMLayer:
-        """The tensors of one layer."""
-        return LSTMLayer(*(getattr(self, f"{name}_{index}") for name in LSTMLayer._fields))
-
-    def run(self, index: int, value: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = DYNAMIC_LSTM(value, *states, *self.layer(index))
-        return found
+    gates, operator, tensors = 4, DYNAMIC_LSTM, LSTMLayer
 
     def forward(
         self,
@@ -136,15 +136,7 @@ class DynamicLSTM(DynamicRecurrent):
 class DynamicGRU(DynamicRecurrent):
     """A GRU of `GRULayer`s."""
 
-    gates = 3
-
-    def layer(self, index: int) -> GRULayer:
-        """The tensors of one layer."""
-        return GRULayer(*(getattr(self, f"{name}_{index}") for name in GRULayer._fields))
-
-    def run(self, index: int, value: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        found: tuple[Tensor, ...] = DYNAMIC_GRU(value, *states, *self.layer(index))
-        return found
+    gates, operator, tensors = 3, DYNAMIC_GRU, GRULayer
 
     def forward(
         self,

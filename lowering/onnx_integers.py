@@ -70,7 +70,7 @@ def spell_integers(program: Program, *, dequantize: bool = False) -> Program:
         elif isinstance(module, DynamicLSTM):
             edit.set_module(spelled, node, _LSTM(module))
         elif isinstance(module, DynamicGRU):
-            edit.set_module(spelled, node, _GRU([module.layer(i) for i in range(module.layers)], module.batch_first))
+            edit.set_module(spelled, node, _GRU(module))
         elif isinstance(module, PackedWeight):
             flat = {
                 layer.name
@@ -194,8 +194,9 @@ class _LSTM(DynamicLSTM):
 class _GRU(DynamicGRU):
     """A GRU that quantizes what it reads."""
 
-    def __init__(self, layers: Sequence[GRULayer], batch_first: bool) -> None:
-        super().__init__(layers, batch_first=batch_first)
+    def __init__(self, gru: DynamicGRU) -> None:
+        layers = [gru.layer(index) for index in range(gru.layers)]
+        super().__init__(layers, batch_first=gru.batch_first)
         # to the bodies of loops constants come by name: a part of a tensor would be none
         for index, layer in enumerate(layers):
             for name, tensor in layer._asdict().items():
