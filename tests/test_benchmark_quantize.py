@@ -253,7 +253,7 @@ def test_bars_of_the_part_aware() -> None:
     def bars(accuracy: tuple[float, ...], divergence: tuple[float, ...] = (0.2, 0.1, 0.01, 0.01)) -> list[bool]:
         names = (aware.FLOAT, aware.NEAREST, aware.GPTQ, aware.TRAINING, aware.ENGINE)
         found = zip(names, (0.9, *accuracy), (0.0, *divergence), strict=True)
-        rows = {name: {"accuracy": right, "divergence": apart, "wrong": [0]} for name, right, apart in found}
+        rows = {name: {"accuracy": right, "divergence": apart, "lost": 3, "won": 1} for name, right, apart in found}
         result = {"network": "net", "bits": 4, "scales": "channel", "rows": rows}
         return [met for _, met in aware.verdicts([result])]
 

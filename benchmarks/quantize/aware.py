@@ -36,7 +36,7 @@ APART = 0.001
 FLOAT, NEAREST, GPTQ = "not", "after training, nearest", "after training, gptq"
 TRAINING, ENGINE = "qat", "qat, onnx engine"
 
-_ACCURACY, _DIVERGENCE, _WRONG = "accuracy", "divergence", "wrong"
+_ACCURACY, _DIVERGENCE, _LOST, _WON = "accuracy", "divergence", "lost", "won"
 
 Result = dict[str, Any]
 Row = dict[str, Any]
@@ -81,8 +81,8 @@ def verdicts(results: list[Result]) -> list[tuple[str, bool]]:
         lost, left = (rows[FLOAT][_ACCURACY] - row[_ACCURACY] for row in (best, rows[ENGINE]))
         found.append(
             (
-                f"{subject}: {100 * lost:.2f} points lost after training (p {_chance(rows[FLOAT], best):.2f}), "
-                f"{100 * left:.2f} with it (p {_chance(rows[FLOAT], rows[ENGINE]):.2f}); bar {RECOVERED:.0%} won back",
+                f"{subject}: {100 * lost:.2f} points lost after training (p {_chance(best):.2f}), "
+                f"{100 * left:.2f} with it (p {_chance(rows[ENGINE]):.2f}); bar {RECOVERED:.0%} won back",
                 left <= (1 - RECOVERED) * max(lost, 0.0) + 1e-9,
             )
         )
@@ -136,15 +136,20 @@ def _answers(run: Callable[[Tensor], Tensor], test: Images) -> Tensor:
 
 
 def _row(expected: Tensor, found: Tensor, test: Images) -> Row:
-    """The accuracy, the places of wrong answers, and how far probabilities are from the expected ones, in nats."""
-    wrong = (found.argmax(1) != test.labels).nonzero().flatten().tolist()
+    """The accuracy, how far probabilities are from the expected ones in nats, and right answers lost and won."""
+    known_right, right = (answers.argmax(1) == test.labels for answers in (expected, found))
     known, said = (answers.double().log_softmax(1) for answers in (expected, found))
     divergence = float((known.exp() * (known - said)).sum(1).mean())
-    return {_ACCURACY: 1 - len(wrong) / len(test), _DIVERGENCE: divergence, _WRONG: wrong}
+    return {
+        _ACCURACY: int(right.sum()) / len(test),
+        _DIVERGENCE: divergence,
+        _LOST: int((known_right & ~right).sum()),
+        _WON: int((right & ~known_right).sum()),
+    }
 
 
-def _chance(one: Row, other: Row) -> float:
-    return sign_test(set(one[_WRONG]), set(other[_WRONG]))
+def _chance(row: Row) -> float:
+    return sign_test(row[_LOST], row[_WON])
 
 
 def _subject(result: Result) -> str:

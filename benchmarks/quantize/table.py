@@ -99,20 +99,21 @@ def _fidelity_bars(network: str, row: Result, peers: Sequence[Result]) -> list[t
         theirs = f"{number_text(best[key], digits=digits)} of {best['method']}"
         text = f"{network}: {name} {number_text(row[key], digits=digits)}; the best peer's {theirs}"
         if key == "agreement" and "differs" in row and "differs" in best:
-            text += f"; p {sign_test(set(row['differs']), set(best['differs'])):.2f}"
+            mine, other = set(row["differs"]), set(best["differs"])
+            text += f"; p {sign_test(len(mine - other), len(other - mine)):.2f}"
         found.append((text, _number(row[key]) >= _number(best[key])))
     return found
 
 
-def sign_test(ours: set[int], theirs: set[int]) -> float:
+def sign_test(one: int, other: int) -> float:
     """How often two methods that are equally good differ by as many images as these do, or more (McNemar, exact).
 
     Args:
-        ours: places of the images on which one fails.
-        theirs: the same of the other.
+        one: images on which the first alone fails.
+        other: images on which the second alone does.
     """
-    fewer, all_ = min(len(ours - theirs), len(theirs - ours)), len(ours ^ theirs)
-    return min(1.0, 2 * sum(math.comb(all_, count) for count in range(fewer + 1)) / 2**all_)
+    both = one + other
+    return min(1.0, 2 * sum(math.comb(both, count) for count in range(min(one, other) + 1)) / 2**both)
 
 
 def _number(value: float | None) -> float:
