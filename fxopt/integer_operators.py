@@ -12,6 +12,7 @@ Importing this file registers the operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -69,6 +70,37 @@ def _(value: Tensor, codes: Tensor, *_: Any) -> Tensor:
     return value.new_empty((*value.shape[:-1], codes.shape[1]))
 
 
+def _recurrent(
+    value: Tensor,
+    states: Sequence[Tensor],
+    codes: Tensor,
+    scale: Tensor,
+    bias: Tensor,
+    step: Callable[[int, Tensor, Sequence[Tensor]], Sequence[Tensor]],
+) -> tuple[Tensor, ...]:
+    """One recurrent layer, forward or in both directions: what it gives, and its states at the end.
+
+    Args:
+        value: float32[steps, batch, inputs].
+        states: at the beginning, float32[directions, batch, n] each.
+        codes: int8[directions, inputs, gates], of what the input is multiplied by.
+        scale: float32[directions, gates].
+        bias: float32[directions, gates].
+        step: the states behind a step, the first of which it gives, by direction, what the input gives and the states.
+    """
+    outputs, ends = [], []
+    for direction in range(len(codes)):
+        read = _product(value, codes[direction], scale[direction]) + bias[direction]
+        now: Sequence[Tensor] = [state[direction] for state in states]
+        given = list(read.unbind(0))
+        for place in range(len(given)) if direction == 0 else reversed(range(len(given))):
+            now = step(direction, given[place], now)
+            given[place] = now[0]
+        outputs.append(torch.stack(given))
+        ends.append(now)
+    return torch.cat(outputs, 2), *(torch.stack(last) for last in zip(*ends, strict=True))
+
+
 @torch.library.custom_op("fxopt::dynamic_lstm", mutates_args=())
 def _dynamic_lstm(
     value: Tensor,
@@ -98,21 +130,16 @@ def _dynamic_lstm(
     Returns:
         What it gives, float32[steps, batch, directions * n], and the states at the end.
     """
-    outputs, hiddens, cells = [], [], []
-    for direction in range(len(codes)):
-        read = _product(value, codes[direction], scale[direction]) + bias[direction]
-        h, c = hidden[direction], cell[direction]
-        steps: list[Any] = list(read.unbind(0))
-        for step in range(len(steps)) if direction == 0 else reversed(range(len(steps))):
-            gates = steps[step] + _product(h, recurrent_codes[direction], recurrent_scale[direction])
-            opened, shown, kept, new = gates.chunk(4, 1)
-            c = kept.sigmoid() * c + opened.sigmoid() * new.tanh()
-            h = shown.sigmoid() * c.tanh()
-            steps[step] = h
-        outputs.append(torch.stack(steps))
-        hiddens.append(h)
-        cells.append(c)
-    return torch.cat(outputs, 2), torch.stack(hiddens), torch.stack(cells)
+
+    def step(direction: int, read: Tensor, states: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        h, c = states
+        gates = read + _product(h, recurrent_codes[direction], recurrent_scale[direction])
+        opened, shown, kept, new = gates.chunk(4, 1)
+        c = kept.sigmoid() * c + opened.sigmoid() * new.tanh()
+        return shown.sigmoid() * c.tanh(), c
+
+    given, hidden, cell = _recurrent(value, (hidden, cell), codes, scale, bias, step)
+    return given, hidden, cell
 
 
 @_dynamic_lstm.register_fake
@@ -149,20 +176,16 @@ def _dynamic_gru(
     Returns:
         What it gives, float32[steps, batch, directions * n], and the states at the end.
     """
-    outputs, hiddens = [], []
-    for direction in range(len(codes)):
-        read = _product(value, codes[direction], scale[direction]) + bias[direction]
-        h = hidden[direction]
-        steps: list[Any] = list(read.unbind(0))
-        for step in range(len(steps)) if direction == 0 else reversed(range(len(steps))):
-            mine = _product(h, recurrent_codes[direction], recurrent_scale[direction]) + recurrent_bias[direction]
-            (reset, update, new), (to_reset, to_update, known) = steps[step].chunk(3, 1), mine.chunk(3, 1)
-            new = (new + (reset + to_reset).sigmoid() * known).tanh()
-            h = new + (update + to_update).sigmoid() * (h - new)
-            steps[step] = h
-        outputs.append(torch.stack(steps))
-        hiddens.append(h)
-    return torch.cat(outputs, 2), torch.stack(hiddens)
+
+    def step(direction: int, read: Tensor, states: Sequence[Tensor]) -> tuple[Tensor]:
+        (h,) = states
+        mine = _product(h, recurrent_codes[direction], recurrent_scale[direction]) + recurrent_bias[direction]
+        (reset, update, new), (to_reset, to_update, known) = read.chunk(3, 1), mine.chunk(3, 1)
+        new = (new + (reset + to_reset).sigmoid() * known).tanh()
+        return (new + (update + to_update).sigmoid() * (h - new),)
+
+    given, hidden = _recurrent(value, (hidden,), codes, scale, bias, step)
+    return given, hidden
 
 
 @_dynamic_gru.register_fake

@@ -242,9 +242,8 @@ def _unmatched(patterns: object, program: Program) -> list[str]:
     """Those that match no path of a layer or a tensor, and no name of a node that calls no layer."""
     if not isinstance(patterns, tuple | list):
         return []  # of a pass that means something else by it
-    named = ("call_function", "call_method")
-    names = {node.name if node.op in named else str(node.target) for node in program.nodes[:-1]}
-    names -= {str(node.target) for node in program.nodes if node.op == "placeholder"}
+    held = {str(node.target) for node in program.nodes if node.op in ("call_module", "get_attr")}
+    names = held | {node.name for node in program.nodes if node.op in ("call_function", "call_method")}
     return [item for item in patterns if isinstance(item, str) and not fnmatch.filter(names, item)]
 
 
@@ -294,8 +293,8 @@ def _check_order(passes: Sequence[Pass], program: Program) -> None:
     for index, pass_ in enumerate(passes):
         for name in sorted(pass_.requires - provided_by.keys()):
             later = next((other.name for other in passes[index:] if name in other.provides), None)
-            known = " or ".join(other for other, kind in registry.passes().items() if name in kind.provides)
-            advice = f"put {later or known} before it" if later or known else "add a pass that provides it"
+            found = later or " or ".join(other for other, kind in registry.passes().items() if name in kind.provides)
+            advice = f"put {found} before it" if found else "add a pass that provides it"
             raise PipelineError(f"{pass_.name} requires a program that is {name!r}: {advice}")
         for name in sorted(pass_.refuses & provided_by.keys()):
             owner = provided_by[name]

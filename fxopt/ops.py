@@ -53,6 +53,10 @@ class Call(NamedTuple):
     module: nn.Module | None
     inplace: bool
 
+    def option(self, name: str, default: Any = None) -> Any:
+        """What was said of an option, or is by the module that is called; else the default."""
+        return self.arguments.get(name, getattr(self.module, name, default))
+
 
 def operators() -> Mapping[str, Operator]:
     """All canonical operators by name."""

@@ -39,6 +39,7 @@ _LEAST_DECIBEL = 3.0
 """What an engine has to reach in any case: zeros have 0 dB."""
 _LEAST_ERROR = 0.05
 """A relative error that is always allowed behind integers: noise may happen to move nothing."""
+_MAKES_INTEGERS = DYNAMIC | {"quantize"}
 _STEPS = 255
 """Of 8 bits, where the range is found as it runs."""
 
@@ -116,7 +117,7 @@ def computes_otherwise(program: Program) -> str | None:
     here = Target.detect()
     if program.target.device != "cpu" or not program.target.adds_products_in_32_bits or here.adds_products_in_32_bits:
         return None
-    if not any(program.op(node) in DYNAMIC | {"quantize"} for node in program.nodes):
+    if not any(program.op(node) in _MAKES_INTEGERS for node in program.nodes):
         return None
     return f"it is for {program.target.instruction_set}, and {here.instruction_set} adds up its integers in 16 bits"
 
@@ -161,7 +162,7 @@ def _with_noise(program: Program) -> Program | None:
 def _noise(program: Program, node: fx.Node) -> float:
     """How much is put on what a node reads, as a share of the step between two integers."""
     call = program.call(node)
-    if call.op == "quantize" or call.op in DYNAMIC:
+    if call.op in _MAKES_INTEGERS:
         return _NOISE
     weight = call.arguments.get("weight")
     packed = call.op == "linear" and isinstance(weight, fx.Node) and program.op(weight) == "packed_weight"

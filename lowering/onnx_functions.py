@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 
 from fxopt import edit
 from fxopt.analysis.redundancy import PERMUTES, permutation
-from fxopt.analysis.shapes import shape_of
+from fxopt.analysis.shapes import axes_of, shape_of
 from fxopt.integer_scheme import UINT8
 from fxopt.lowering.onnx_nodes import node as _node
 from fxopt.quantization import Affine, dequantize, quantize
@@ -90,7 +90,7 @@ def _shuffle(program: Program, node: fx.Node) -> _Shuffle | None:
     """The shuffle that a node ends: a call of it, or a reshape, a transpose and a reshape back; None if it is none."""
     shape = shape_of(program, node)
     if program.op(node) == "channel_shuffle":
-        groups = getattr(program.module_of(node), "groups", program.call(node).arguments.get("groups"))
+        groups = program.call(node).option("groups")
         source = program.call(node).arguments["input"]
     else:
         steps = _reshaped_and_back(program, node)
@@ -164,13 +164,8 @@ def _means_all_places(program: Program, node: fx.Node) -> bool:
         return False
     if call.op != "mean":
         return call.op.endswith(f"{len(source) - 2}d") and given[2:] == (1,) * (len(source) - 2)
-    axes = call.arguments.get("dim")
-    axes = [axes] if isinstance(axes, int) else axes
-    return (
-        isinstance(axes, (list, tuple))
-        and call.arguments.get("dtype") is None
-        and sorted(axis % len(source) for axis in axes) == list(range(2, len(source)))
-    )
+    axes = axes_of(call.arguments.get("dim"), len(source))
+    return call.arguments.get("dtype") is None and sorted(axes) == list(range(2, len(source)))
 
 
 def _is_maximum(program: Program, node: fx.Node) -> bool:

@@ -44,25 +44,16 @@ _OTHER_RANKS = {3, 5, 6, 7, 8}
 
 def legalize(program: Program) -> Program:
     """The program itself if the exporter takes it, else a rewritten copy."""
-    odd = [node.name for node in program.nodes if _is_odd_attention(program, node)]
-    small = [node.name for node in program.nodes if _is_small_recurrence(program, node)]
-    others = {node.name: spell for node in program.nodes if (spell := _spelling(program, node)) is not None}
+    spellings = {node.name: spell for node in program.nodes if (spell := _spelling(program, node)) is not None}
     handed_out = [node.name for node in program.nodes[-1].all_input_nodes if node.op == "placeholder"]
-    if not odd and not small and not others and not handed_out:
+    if not spellings and not handed_out:
         return spell_recurrences(program)
     legal = program.copy()
-    for name, spell in others.items():
+    for name, spell in spellings.items():
         spell(legal, legal.node(name))
     for name in handed_out:
         output, given = legal.nodes[-1], legal.node(name)
         edit.set_operand(legal, [output], given, edit.insert_before(legal, output, torch.clone, (given,)))
-    for name in odd:
-        _with_four_axes(legal, legal.node(name))
-    for name in small:
-        module = legal.module_of(legal.node(name))
-        if isinstance(module, nn.RNNBase):
-            single = copy.deepcopy(module).float()
-            edit.set_module(legal, legal.node(name), InSingle(single, module.all_weights[0][0].dtype))
     return spell_recurrences(legal)
 
 
@@ -73,6 +64,10 @@ def _is_small_recurrence(program: Program, node: fx.Node) -> bool:
 
 def _spelling(program: Program, node: fx.Node) -> Callable[[Program, fx.Node], None] | None:
     """How a node is said otherwise; None if it need not be."""
+    if _is_odd_attention(program, node):
+        return _with_four_axes
+    if _is_small_recurrence(program, node):
+        return _in_single
     call = program.call(node)
     if call.op == "clamp":
         low, high = (call.arguments.get(name) for name in ("min", "max"))
@@ -80,11 +75,18 @@ def _spelling(program: Program, node: fx.Node) -> Callable[[Program, fx.Node], N
         return _clamp if mixed and program.analysis(shapes)[node.name].dtype.is_floating_point else None
     if call.op not in _AVERAGES:
         return None
-    if _option(call, "divisor_override") is not None:
+    if call.option("divisor_override") is not None:
         return _average_by_divisor
     unpadded = not any(_along_axes(call, "padding", 0))
-    beyond = unpadded and _option(call, "ceil_mode", False) and _option(call, "count_include_pad", True)
+    beyond = unpadded and call.option("ceil_mode", False) and call.option("count_include_pad", True)
     return _average_of_what_is_there if beyond else None
+
+
+def _in_single(program: Program, node: fx.Node) -> None:
+    module = program.module_of(node)
+    if isinstance(module, nn.RNNBase):  # else another call of it came before
+        single = copy.deepcopy(module).float()
+        edit.set_module(program, node, InSingle(single, module.all_weights[0][0].dtype))
 
 
 def _clamp(program: Program, node: fx.Node) -> None:
@@ -94,32 +96,27 @@ def _clamp(program: Program, node: fx.Node) -> None:
 
 def _average_of_what_is_there(program: Program, node: fx.Node) -> None:
     call = program.call(node)
-    options = _option(call, "kernel_size"), _option(call, "stride"), 0, True, False
+    options = call.option("kernel_size"), call.option("stride"), 0, True, False
     edit.replace(program, node, getattr(torch.nn.functional, call.op), (call.arguments["input"], *options))
 
 
 def _average_by_divisor(program: Program, node: fx.Node) -> None:
     call = program.call(node)
-    if _option(call, "ceil_mode"):
+    if call.option("ceil_mode"):
         raise BackendError(
             f"{node.name}: ONNX has no average pooling with divisor_override and ceil_mode: backend='eager' runs it"
         )
-    options = (_option(call, name) for name in ("kernel_size", "stride"))
-    arguments = (call.arguments["input"], *options, _option(call, "padding", 0))
+    options = (call.option(name) for name in ("kernel_size", "stride"))
+    arguments = (call.arguments["input"], *options, call.option("padding", 0))
     average = edit.insert_before(program, node, getattr(torch.nn.functional, call.op), arguments)
     window = math.prod(_along_axes(call, "kernel_size"))
-    edit.replace(program, node, torch.mul, (average, window / _option(call, "divisor_override")))
+    edit.replace(program, node, torch.mul, (average, window / call.option("divisor_override")))
 
 
 def _along_axes(call: Call, name: str, default: Any = None) -> Sequence[Any]:
     """An option of a pooling, for each axis."""
-    given = _option(call, name, default)
+    given = call.option(name, default)
     return given if isinstance(given, tuple | list) else [given] * _AVERAGES[call.op]
-
-
-def _option(call: Call, name: str, default: Any = None) -> Any:
-    """What an operator was told, or the module that is called."""
-    return call.arguments.get(name, getattr(call.module, name, default))
 
 
 def _is_odd_attention(program: Program, node: fx.Node) -> bool:

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 __all__ = ["gru_steps", "spell_loops"]
 
 _DOMAIN, _STEPS = "fxopt", "GRUSteps"
-_FLOAT = 1  # onnx.TensorProto.FLOAT
 
 
 def gru_steps(
@@ -87,7 +86,9 @@ def _loop(node: onnx_ir.Node) -> tuple[onnx_ir.Node, list[onnx_ir.Node]]:
     label = node.outputs[0].name
     state, taken = (onnx_ir.val(f"{label}_{name}", dtype=onnx_ir.DataType.FLOAT) for name in ("state", "taken"))
     quantized, step, zero = inside.op_multi_out("DynamicQuantizeLinear", [state], num_outputs=3)
-    sums = inside.op("Cast", [inside.op("MatMulInteger", [quantized, codes, zero])], {"to": _FLOAT})
+    sums = inside.op(
+        "Cast", [inside.op("MatMulInteger", [quantized, codes, zero])], {"to": onnx_ir.DataType.FLOAT.value}
+    )
     product = inside.op("Add", [inside.op("Mul", [sums, inside.op("Mul", [step, scale])]), bias])
     gates, new = inside.op_multi_out("Split", [taken, two], {"axis": 1}, num_outputs=2)
     own_gates, known = inside.op_multi_out("Split", [product, two], {"axis": 1}, num_outputs=2)

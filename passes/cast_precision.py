@@ -178,12 +178,10 @@ class CastPrecision(Pass):
                 return reason
         ranges = measured(program, value_ranges)
         for item in (*node.all_input_nodes, node):
-            reached = ranges.get(item.name, 0.0)
+            reached, what = ranges.get(item.name, 0.0), "output" if item is node else "input"
             if reached > self._limit and item not in _masks(program, node):
-                what = "output" if item is node else "input"
                 return f"its {what} reaches {reached:.3g}, and the largest {self.dtype} is {self._limit:.6g}"
             if 0 < reached < self._least:
-                what = "output" if item is node else "input"
                 return f"its {what} never exceeds {reached:.3g}, where {self.dtype} has fewer than {_BITS} bits"
         return None
 

@@ -247,5 +247,5 @@ def _behind_activation(program: Program, node: fx.Node) -> fx.Node:
     call = program.call(users[0])
     lowest: Any = call.arguments.get("min", 0 if call.op in ("relu", "relu6") else None)
     if call.op == "hardtanh":
-        lowest = getattr(call.module, "min_val", call.arguments.get("min_val", -1.0))
+        lowest = call.option("min_val", -1.0)
     return users[0] if lowest == 0 else node

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fxopt.analysis.shapes import TensorSpec, shapes
+from fxopt.analysis.shapes import TensorSpec, axes_of, shapes
 from fxopt.analysis.weight_uses import weight_uses
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ __all__ = ["ScalableChannels", "scalable_channels"]
 _ELEMENTWISE = frozenset("relu leaky_relu identity contiguous dropout dropout1d dropout2d dropout3d drop_path".split())
 _POOLS = {f"{kind}_pool{axes}d": axes for kind in ("max", "avg", "adaptive_avg", "adaptive_max") for axes in (1, 2, 3)}
 """How many axes each takes places from: the last ones."""
-_CONVOLVED = {f"conv{axes}d": axes for axes in (1, 2, 3)}
+_CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d"})
 
 
 class ScalableChannels(NamedTuple):
@@ -56,13 +56,17 @@ def _gives(program: Program, node: fx.Node) -> bool:
     if op == "layer_norm":
         if not layer.elementwise_affine or len(layer.normalized_shape) != 1:
             return False
-    elif op in _CONVOLVED:
-        # else it has no batch axis, and channels are on axis 0
-        if _rank(program, node) != _CONVOLVED[op] + 2:
+    elif op in _CONVOLUTIONS:
+        if not _has_batch(layer, _rank(program, node)):
             return False
     elif op != "linear":
         return False
     return _is_own(program, node)
+
+
+def _has_batch(convolution: Any, rank: int) -> bool:
+    """Whether what a convolution reads or gives has a batch axis, and its channels on axis 1."""
+    return bool(rank == len(convolution.kernel_size) + 2)
 
 
 def _is_own(program: Program, node: fx.Node) -> bool:
@@ -75,7 +79,7 @@ def _is_own(program: Program, node: fx.Node) -> bool:
 def _behind(program: Program, giver: fx.Node) -> ScalableChannels | None:
     layer: Any = program.module_of(giver)
     count = int(layer.weight.shape[0])
-    last = program.op(giver) not in _CONVOLVED  # of the axes, that of the channels; else it is 1
+    last = program.op(giver) not in _CONVOLUTIONS  # of the axes, that of the channels; else it is 1
     readers: list[str] = []
     values: list[str] = []
     reached = [giver]
@@ -111,19 +115,18 @@ def _keeps_channels_apart(program: Program, node: fx.Node) -> bool:
         spec, source = known.get(node.name), known.get(node.all_input_nodes[0].name)
         return isinstance(spec, TensorSpec) and isinstance(source, TensorSpec) and spec.shape == source.shape[:2]
     if call.op == "mean":
-        given: Any = call.arguments.get("dim")
-        dims = (given,) if isinstance(given, int) else given
-        return isinstance(dims, tuple | list) and bool(dims) and all(dim % rank > 1 for dim in dims)
+        axes = axes_of(call.arguments.get("dim"), rank)
+        return bool(axes) and min(axes) > 1
     return _POOLS.get(call.op) == rank - 2
 
 
 def _reads_channels(program: Program, node: fx.Node, count: int, rank: int, *, last: bool) -> bool:
     layer: Any = program.module_of(node)
     op = program.op(node)
-    if layer is None or (op != "linear" and op not in _CONVOLVED) or not _is_own(program, node):
+    if layer is None or (op != "linear" and op not in _CONVOLUTIONS) or not _is_own(program, node):
         return False
     if op == "linear":
         return (last or rank == 2) and layer.in_features == count
     # what a convolution pads with must be zero
-    batched = rank == _CONVOLVED[op] + 2
-    return not last and batched and layer.in_channels == count and layer.padding_mode == "zeros"
+    fits = _has_batch(layer, rank) and layer.in_channels == count
+    return not last and fits and layer.padding_mode == "zeros"

@@ -20,7 +20,7 @@ from fxopt.sharing import share_module
 if TYPE_CHECKING:
     from fxopt.program import Program
 
-__all__ = ["TensorSpec", "record_shapes", "shape_of", "shapes", "specs_in"]
+__all__ = ["TensorSpec", "axes_of", "record_shapes", "shape_of", "shapes", "specs_in"]
 
 _log = logging.getLogger(__name__)
 
@@ -58,6 +58,12 @@ def shapes(program: Program) -> Mapping[str, Any]:
             _log.debug("shapes %s: %s", attempt.__name__, error)
     record_shapes(program)
     return program.analysis(shapes)
+
+
+def axes_of(given: Any, rank: int) -> list[int]:
+    """The axes that an operator is given, one or several, counted from the front; none if that are no numbers."""
+    listed = list(given) if isinstance(given, tuple | list) else [given]
+    return [axis % rank for axis in listed] if all(isinstance(axis, int) for axis in listed) else []
 
 
 def shape_of(program: Program, value: Any) -> tuple[int, ...]:

@@ -166,15 +166,8 @@ class StaticQuantizer(Quantizer):
                 {"attention": {operand: affine.to_json() for operand, affine in found.items()}},
             )
         for names in weights:
-            layers = [program.node(name) for name in names]
-            source = cast("fx.Node", program.call(layers[0]).arguments["input"])
-            read = (
-                {"input": affines[source.name].to_json()}
-                if program.op(layers[0]) == "linear" and source.name in affines
-                else {}
-            )
-            paths = ", ".join(sorted({str(layer.target) for layer in layers}))
-            yield Rewrite(names[0], f"{self.weight_bits}-bit weights of {paths}", {"layers": list(names), **read})
+            paths = ", ".join(sorted({str(program.node(name).target) for name in names}))
+            yield Rewrite(names[0], f"{self.weight_bits}-bit weights of {paths}", {"layers": list(names)})
 
     def _weights(self, program: Program) -> tuple[list[list[str]], list[Skip]]:
         if program.calibration is None:
@@ -270,9 +263,10 @@ class StaticQuantizer(Quantizer):
         bias = None
         if len(layers) == 1:
             whole = found.bias(layer.bias)
-            if program.scheme.integer_biases and program.op(first) == "linear" and "input" in params:
+            source = read_integers(program, first)
+            if program.scheme.integer_biases and program.op(first) == "linear" and source is not None:
                 # a linear layer that gives floating numbers has an integer kernel only with a bias of integers
-                bias = integer_bias(whole, found.scale, Affine.from_json(params["input"]))
+                bias = integer_bias(whole, found.scale, source)
             if bias is None and (layer.bias is not None or bool(found.offset.any())):
                 edit.set_tensor(program, first, "bias", whole.to(layer.weight.dtype))
         call_with(program, layers, QuantizedTensor(found.codes, found.scale), bias)
